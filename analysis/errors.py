@@ -1,0 +1,5 @@
+"""What can be wrong with a finished run's files."""
+
+
+class AnalysisError(Exception):
+    """A run's file is missing, damaged or not what it should hold; the message names the file."""

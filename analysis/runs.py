@@ -1,0 +1,164 @@
+"""A finished run's files, read when they are asked for, each error naming the file that is wrong."""
+
+import json
+import logging
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from torch import Tensor
+
+from analysis.errors import AnalysisError
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_COLUMNS = {"index": pa.int64(), "sample_id": pa.string(), "domain": pa.string()}
+_VALUE_COLUMNS = {
+    "sample_id": pa.string(),
+    "domain": pa.string(),
+    "value": pa.float64(),
+    "times_seen": pa.int64(),
+}
+_SCORE_COLUMNS = ("step", "sample", "score", "lr", "clip")
+
+
+def load_run(run_dir: Path) -> "Run":
+    """The run in a directory; its files are read on first use.
+
+    Raises:
+        AnalysisError: the directory is missing or holds no run.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise AnalysisError(f"{run_dir} is no directory: give the directory that a run left behind.")
+    if not (run_dir / "config.yaml").is_file():
+        raise AnalysisError(f"{run_dir} holds no run: a run directory has a config.yaml.")
+    return Run(run_dir)
+
+
+def score_note(config: Mapping[str, Any]) -> str:
+    """What the values of a run with this config are, in one line for tables and plots."""
+    optimizer = config["optimizer"]
+    if optimizer["name"] != "sgd":
+        name = {"adamw": "AdamW"}.get(optimizer["name"], optimizer["name"])
+        return f"plain gradient dot product; the optimizer is {name}, so values are a first-order SGD proxy"
+    if optimizer.get("momentum"):
+        return "plain gradient dot product; momentum is not credited, so values are a first-order SGD proxy"
+    return "first-order In-Run Data Shapley (plain gradient dot product, SGD)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory. Every reader raises `AnalysisError` for a file that is missing or damaged."""
+
+    directory: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved config, `config.yaml`."""
+        path = self._existing("config.yaml")
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise _damaged(path, error) from error
+        if not isinstance(config, dict):
+            raise AnalysisError(f"{path} is damaged: it holds no mapping.")
+        return config
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """`samples.parquet`: `index` int64, `sample_id` string, `domain` string."""
+        return self._table("samples.parquet", _SAMPLE_COLUMNS)
+
+    @cached_property
+    def values(self) -> pa.Table:
+        """`values.parquet`: `sample_id` string, `domain` string, `value` float64, `times_seen` int64."""
+        return self._table("values.parquet", _VALUE_COLUMNS)
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, oldest first; an unfinished last one (a killed run) is left out."""
+        path = self._existing("metrics.jsonl")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            log.warning("%s ends in an unfinished line; it is left out", path)
+            lines.pop()
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise AnalysisError(f"{path} is damaged: line {number} is no JSON ({error}).") from error
+        return rows
+
+    def series(self, name: str) -> dict[int, float]:
+        """One metric by ascending step; empty where the run did not log it.
+
+        NaN stands for NaN and infinities. Of lines that repeat a step (a resumed run) the last counts.
+        """
+        found = {row["step"]: row[name] for row in self.metrics if name in row}
+        return {step: float("nan") if found[step] is None else float(found[step]) for step in sorted(found)}
+
+    def scores(self) -> Iterator[dict[str, Tensor]]:
+        """The score shards in the order written.
+
+        Yields:
+            `step` `[n]` int64, `sample` `[n]` int64 (running index), `score` and `lr` `[n]` or `[n, R]`,
+            `clip` `[n]`.
+        """
+        folder = self.directory / "scores"
+        paths = sorted(folder.glob("shard-*.pt"))
+        if not paths:
+            raise AnalysisError(f"{folder} has no score shards: the run scored nothing or wrote nothing.")
+        numbers = [int(re.sub(r"\D", "", path.stem)) for path in paths]
+        if missing := sorted(set(range(numbers[-1] + 1)) - set(numbers)):
+            raise AnalysisError(f"{folder} lacks shard {missing[0]} of 0-{numbers[-1]}: sums would be wrong.")
+        for path in paths:
+            yield _read_shard(path)
+
+    def _existing(self, name: str) -> Path:
+        path = self.directory / name
+        if not path.is_file():
+            raise AnalysisError(f"{path} is missing: the run has not ended, or ended before it was written.")
+        return path
+
+    def _table(self, name: str, columns: dict[str, pa.DataType]) -> pa.Table:
+        path = self._existing(name)
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+        if absent := [column for column in columns if column not in table.column_names]:
+            present = ", ".join(table.column_names)
+            raise AnalysisError(f"{path} has no column {absent[0]!r}; it has {present}.")
+        try:
+            return table.select(list(columns)).cast(pa.schema(columns))
+        except pa.ArrowInvalid as error:
+            raise _damaged(path, error) from error
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    try:
+        shard = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise _damaged(path, error) from error
+    columns = [shard.get(name) for name in _SCORE_COLUMNS] if isinstance(shard, dict) else []
+    if not columns or not all(isinstance(column, Tensor) and column.dim() > 0 for column in columns):
+        raise AnalysisError(f"{path} is damaged: a shard holds the tensors {', '.join(_SCORE_COLUMNS)}.")
+    lengths = {name: len(shard[name]) for name in _SCORE_COLUMNS}
+    if len(set(lengths.values())) > 1 or shard["score"].shape != shard["lr"].shape:
+        raise AnalysisError(f"{path} is damaged: its columns differ in length or width ({lengths}).")
+    return shard
+
+
+def _damaged(path: Path, error: Exception) -> AnalysisError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return AnalysisError(f"{path} is damaged: {lines[0]}")

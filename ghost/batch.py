@@ -1,0 +1,131 @@
+"""Batches as users have them: tensors, or dicts of tensors with any keys. Rows of two batches are put
+together key by key.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ghost.errors import BatchError
+from ghost.loss import IGNORED_LABEL
+
+Inputs = Tensor | Mapping[str, Any]
+
+_PAD_VALUES = {"labels": IGNORED_LABEL}
+"""What is appended to shorter rows, by key; 0 for all others (a masked-out or never-counted position)."""
+
+
+def row_count(inputs: Inputs, what: str) -> int:
+    """Number of samples in a batch.
+
+    Raises:
+        BatchError: There is no tensor, there are no rows, or tensors disagree.
+    """
+    tensors = {"": inputs} if isinstance(inputs, Tensor) else inputs
+    sizes = {key: t.shape[0] for key, t in tensors.items() if isinstance(t, Tensor) and t.dim() > 0}
+    if not sizes:
+        raise BatchError(f"{what} holds no tensor with a row per sample.")
+    if len(set(sizes.values())) > 1:
+        raise BatchError(f"{what} has tensors of different numbers of rows: {sizes}.")
+    rows = next(iter(sizes.values()))
+    if rows == 0:
+        raise BatchError(f"{what} is empty: a batch needs at least one row.")
+    return rows
+
+
+def token_count(inputs: Inputs) -> int | None:
+    """T where the (first) input is `[rows, T, …]`."""
+    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
+    return next((t.shape[1] for t in tensors if isinstance(t, Tensor) and t.dim() > 1), None)
+
+
+def take_rows(inputs: Inputs, rows: Tensor | slice) -> Inputs:
+    """The given rows of every tensor; what is no tensor passes through."""
+    if isinstance(inputs, Tensor):
+        return inputs[rows]
+    return {k: t[rows] if isinstance(t, Tensor) and t.dim() > 0 else t for k, t in inputs.items()}
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Every tensor on `device`; what is no tensor passes through."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in inputs.items()}
+
+
+def join_inputs(train: Inputs, val: Inputs, right_padding_is_safe: bool) -> Inputs:
+    """Training rows, then validation rows, of every tensor.
+
+    Rows of different lengths are padded on the right. That changes nothing where later positions cannot be
+    seen (`right_padding_is_safe`: causal models whose padded labels are ignored) or an attention mask hides
+    them.
+
+    Raises:
+        BatchError: Keys, ranks or lengths do not fit together.
+    """
+    if isinstance(train, Tensor) and isinstance(val, Tensor):
+        if train.shape[1:] != val.shape[1:] and not right_padding_is_safe:
+            raise BatchError(_length_message("inputs", train, val))
+        return _join("inputs", train, val)
+    if isinstance(train, Tensor) or isinstance(val, Tensor):
+        raise BatchError(
+            f"training inputs are a {type(train).__name__} and validation inputs a {type(val).__name__}: "
+            "give both alike."
+        )
+    train, val = _with_masks(train, val)
+    missing = set(train) ^ set(val)
+    if missing:
+        raise BatchError(
+            f"the input keys {sorted(missing)} are on one side only: give them for training and validation."
+        )
+    hidden = right_padding_is_safe or "attention_mask" in train
+    joined = {}
+    for key, value in train.items():
+        other = val[key]
+        if not (isinstance(value, Tensor) and isinstance(other, Tensor) and value.dim() > 0):
+            joined[key] = value
+        elif value.shape[1:] != other.shape[1:] and not hidden:
+            raise BatchError(_length_message(key, value, other))
+        else:
+            joined[key] = _join(key, value, other)
+    return joined
+
+
+def join_labels(train: Tensor, val: Tensor) -> Tensor:
+    """Training labels, then validation labels; shorter rows end in -100."""
+    return _join("labels", train, val)
+
+
+def _with_masks(train: Mapping[str, Any], val: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An attention mask for the side that has none while the other has: all its positions are real."""
+    sides = dict(train), dict(val)
+    if any("attention_mask" in side for side in sides):
+        for side in sides:
+            if "attention_mask" not in side and "input_ids" in side:
+                side["attention_mask"] = torch.ones_like(side["input_ids"])
+    return sides
+
+
+def _join(key: str, train: Tensor, val: Tensor) -> Tensor:
+    if train.dtype != val.dtype:
+        raise BatchError(
+            f"{key!r} is {train.dtype} in training and {val.dtype} in validation: give both alike."
+        )
+    if train.shape[1:] == val.shape[1:]:
+        return torch.cat([train, val])
+    if train.dim() != 2 or val.dim() != 2 or train.is_floating_point():
+        raise BatchError(_length_message(key, train, val))
+    length = max(train.shape[1], val.shape[1])
+    pad = _PAD_VALUES.get(key, 0)
+    return torch.cat([F.pad(t, (0, length - t.shape[1]), value=pad) for t in (train, val)])
+
+
+def _length_message(key: str, train: Tensor, val: Tensor) -> str:
+    return (
+        f"{key!r} has rows of shape {tuple(train.shape[1:])} in training and {tuple(val.shape[1:])} in "
+        "validation: give rows of one "
+        "shape, or an attention_mask so that shorter ones can be padded."
+    )

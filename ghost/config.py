@@ -1,0 +1,154 @@
+"""Settings of the manager, read from any mapping or object."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+import torch
+
+from ghost.errors import GhostConfigError
+from ghost.gradients import Algebra
+from ghost.loss import LossReduction
+from ghost.selection import Selection
+
+
+class ValMode(Enum):
+    """How the validation gradient comes in: in the same pass (`CONCAT`), or by a backward of its own
+    (`SEPARATE`).
+    """
+
+    CONCAT = "concat"
+    SEPARATE = "separate"
+
+
+_ALIASES = {"dot_prod_save_interval": "save_interval", "method": "engine"}
+_NOT_YET = {"pairwise": False, "preconditioner": "none"}
+"""Settings of the public protocol that this version knows only at their default, and refuses otherwise."""
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class GhostConfig:
+    """What the manager and its engine read.
+
+    Attributes:
+        engine: A registered engine's name. GhostSuite's `method` names are accepted.
+        val_mode: How the validation gradient comes in.
+        val_batch_size: Validation rows a step (`concat`) or a micro-batch of the validation pass
+            (`separate`); None for all rows.
+        val_every: Steps between validation gradients (`separate`).
+        bitwise: Leave every layer's own backward alone, so that training is bit-identical to `regular`
+            (`separate`).
+        loss_reduction: What the model's loss is a mean of; None to infer it from a Hugging Face class.
+        algebra: How per-sample inner products of matrices are computed.
+        selection: Which layers are scored.
+        score_dtype: dtype in which scores are summed over layers; None for the model's own, but float32 at
+            least.
+        storage_dtype: dtype of the scores in the shards; None for `score_dtype`.
+        gradient_accumulation_steps: Micro-batches a step. The user's loop divides each loss by it;
+            `manager.step` does so itself.
+        result_dir: Where score shards are written; None writes nothing.
+        save_interval: Steps between score shards (GhostSuite: `dot_prod_save_interval`).
+    """
+
+    engine: str = "graddotprod"
+    val_mode: ValMode = ValMode.CONCAT
+    val_batch_size: int | None = None
+    val_every: int = 1
+    bitwise: bool = False
+    loss_reduction: LossReduction | None = None
+    algebra: Algebra = Algebra.AUTO
+    selection: Selection = field(default_factory=Selection)
+    score_dtype: torch.dtype | None = None
+    storage_dtype: torch.dtype | None = None
+    gradient_accumulation_steps: int = 1
+    result_dir: str | None = None
+    save_interval: int = 100
+
+    def __post_init__(self) -> None:
+        if self.bitwise and self.val_mode is not ValMode.SEPARATE:
+            raise GhostConfigError(
+                "bitwise=True needs val_mode='separate': a joint batch changes the rounding of training."
+            )
+        if self.bitwise and self.algebra not in (Algebra.AUTO, Algebra.TARGET):
+            raise GhostConfigError(
+                f"algebra={self.algebra.value!r} has no effect with bitwise=True: leave it at 'auto'."
+            )
+        if self.val_mode is ValMode.SEPARATE and self.algebra is Algebra.TOKEN_TOKEN:
+            raise GhostConfigError("algebra='token_token' needs the validation rows of val_mode='concat'.")
+        if self.val_every != 1 and self.val_mode is not ValMode.SEPARATE:
+            raise GhostConfigError(
+                f"val_every={self.val_every} needs val_mode='separate'; with 'concat' it is 1."
+            )
+        if self.score_dtype not in (None, torch.float32, torch.float64):
+            raise GhostConfigError(
+                f"score_dtype={self.score_dtype} should be float32 or float64: sums need the digits."
+            )
+        for name in ("val_batch_size", "val_every", "gradient_accumulation_steps", "save_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise GhostConfigError(f"{name}={value} should be at least 1.")
+
+    @classmethod
+    def read(cls, config: Any) -> "GhostConfig":
+        """Settings from a mapping or an object with attributes; names that mean nothing here are left alone.
+
+        Raises:
+            GhostConfigError: A setting that is known here has a value that cannot work.
+        """
+        if isinstance(config, cls):
+            return config
+        given = dict(config) if isinstance(config, Mapping) else _attributes(config)
+        for key, default in _NOT_YET.items():
+            if given.get(key, default) not in (default, None):
+                raise GhostConfigError(
+                    f"{key}={given[key]!r} is not supported by this version: leave it at {default!r}."
+                )
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in given.items():
+            name = _ALIASES.get(key, key)
+            if name in known and value is not None:
+                if name in values and values[name] != value:
+                    raise GhostConfigError(
+                        f"{key}={value!r} contradicts {name}={values[name]!r}: give one of them."
+                    )
+                values[name] = value
+        return cls(**{name: _convert(name, value) for name, value in values.items()})
+
+
+def _attributes(config: Any) -> dict[str, Any]:
+    """Public attributes of a settings object, class defaults included."""
+    names = [name for name in dir(config) if not name.startswith("_")]
+    return {name: value for name in names if not callable(value := getattr(config, name))}
+
+
+def _convert(name: str, value: Any) -> Any:
+    """A setting's value in its own type."""
+    enums: dict[str, type[Enum]] = {"val_mode": ValMode, "loss_reduction": LossReduction, "algebra": Algebra}
+    if name in enums:
+        raw = value.value if isinstance(value, Enum) else value
+        if name == "loss_reduction" and raw == "auto":
+            return None
+        choices = [member.value for member in enums[name]]
+        if raw not in choices:
+            raise GhostConfigError(f"{name}={raw!r} should be one of {', '.join(choices)}.")
+        return enums[name](raw)
+    if name == "engine":
+        return str(value).lower().replace("_", "")
+    if name.endswith("_dtype") and not isinstance(value, torch.dtype):
+        if value not in _DTYPES:
+            raise GhostConfigError(f"{name}={value!r} should be one of {', '.join(_DTYPES)}.")
+        return _DTYPES[value]
+    return value

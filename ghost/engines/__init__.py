@@ -1,0 +1,15 @@
+"""One file an engine; importing this package registers them all."""
+
+from ghost.engines.base import Engine, LayerScores, LossFn, engine_class, register_engine
+from ghost.engines.graddotprod import GradDotProdEngine
+from ghost.engines.regular import RegularEngine
+
+__all__ = [
+    "Engine",
+    "GradDotProdEngine",
+    "LayerScores",
+    "LossFn",
+    "RegularEngine",
+    "engine_class",
+    "register_engine",
+]

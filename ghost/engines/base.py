@@ -1,0 +1,97 @@
+"""What every engine does for the manager, and the register of engines."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ghost.batch import Inputs
+from ghost.config import GhostConfig
+from ghost.errors import GhostConfigError
+
+LossFn = Callable[[nn.Module, Inputs, Tensor], Tensor]
+"""`loss_fn(model, X, Y)`: the model's loss on a batch, counted as `loss_reduction` says."""
+
+LayerScores = dict[tuple[str, str], Tensor]
+"""Scores `[b]` by layer name and parameter name."""
+
+
+class Engine(ABC):
+    """Sees every micro-batch before its forward and after its backward.
+
+    Args:
+        model: The model itself, not a wrapper of it.
+        config: Settings.
+        val_data: Validation inputs and labels, for engines that need them.
+        loss_fn: The loss on a validation batch; None for a Hugging Face model's own.
+        scaler: The loop's `torch.amp.GradScaler`, if it has one.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self, model: nn.Module, config: GhostConfig, val_data: tuple[Inputs, Tensor] | None = None,
+        loss_fn: LossFn | None = None, scaler: Any = None,
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.scaler = model, config, scaler
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Make the model ready for scoring."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave the model as it was before `attach`."""
+
+    @abstractmethod
+    def begin(self, X: Inputs, Y: Tensor, iteration: int, share: float | Tensor) -> None:
+        """Before a training micro-batch's forward.
+
+        Args:
+            X, Y: The training rows.
+            iteration: The step.
+            share: The factor on this micro-batch's loss in the step's loss.
+        """
+
+    @abstractmethod
+    def forward_inputs(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
+        """What goes through the model in place of `(X, Y)`."""
+
+    @abstractmethod
+    def loss_factor(self) -> Tensor | None:
+        """What the loss over `forward_inputs` is multiplied by to leave the training rows' own loss; None for
+        1.
+        """
+
+    @abstractmethod
+    def scale_outputs(self) -> None:
+        """Apply `loss_factor` inside the model's backward, for loops that call `loss.backward()` alone."""
+
+    @abstractmethod
+    def collect(self) -> LayerScores:
+        """After the backward: this micro-batch's scores."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Forget a micro-batch whose forward or backward failed."""
+
+
+_ENGINES: dict[str, type[Engine]] = {}
+
+
+def register_engine(engine: type[Engine]) -> type[Engine]:
+    """Class decorator: the manager finds the engine by its `name`."""
+    _ENGINES[engine.name] = engine
+    return engine
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The engine registered under `name`.
+
+    Raises:
+        GhostConfigError: There is none.
+    """
+    if name not in _ENGINES:
+        raise GhostConfigError(f"engine={name!r} should be one of {', '.join(sorted(_ENGINES))}.")
+    return _ENGINES[name]

@@ -1,0 +1,138 @@
+"""The ghost dot product: every training sample's gradient against the validation gradient, in the backward
+that trains the model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost.algebra import accumulation_dtype
+from ghost.batch import Inputs, row_count, token_count
+from ghost.config import GhostConfig, ValMode
+from ghost.engines.base import Engine, LayerScores, LossFn, register_engine
+from ghost.errors import BatchError, ProtocolError, UnsupportedModelError
+from ghost.instrument import find_layers, refuse_mixing_layers
+from ghost.layers import Layer, registered_types
+from ghost.validation import JointValidation, SeparateValidation, Validation
+
+
+@register_engine
+class GradDotProdEngine(Engine):
+    """`score_i = ⟨∇L_val, g_i⟩` with `Σ_i g_i` the training gradient that the optimizer receives.
+
+    First-order In-Run Data Shapley (Wang et al., ICLR 2025, Theorem 3) up to the learning rate, with the sign
+    turned so that positive
+    scores help. Usable on its own::
+
+        engine = GradDotProdEngine(model, GhostConfig(val_batch_size=2), (X_val, Y_val))
+        engine.attach()
+        engine.begin(X, Y, iteration, share=1.0)
+        X_fwd, Y_fwd = engine.forward_inputs(X, Y)
+        engine.scale_outputs()
+        model(input_ids=X_fwd, labels=Y_fwd).loss.backward()
+        scores = sum(engine.collect().values())                   # [b]
+
+    Raises:
+        UnsupportedModelError: A trainable parameter or layer cannot be handled exactly.
+        GhostConfigError: Settings, selection or validation data cannot work.
+    """
+
+    name = "graddotprod"
+
+    def __init__(
+        self, model: nn.Module, config: GhostConfig, val_data: tuple[Inputs, Tensor] | None = None,
+        loss_fn: LossFn | None = None, scaler: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, config, val_data, loss_fn, scaler)
+        self.layers: list[Layer] = find_layers(model)
+        if not self.layers:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no trainable layer that can be scored: there are rules for "
+                f"{', '.join(registered_types())}."
+            )
+        config.selection.check(self.layers)
+        self.validation: Validation = (
+            JointValidation(model, self.layers, config, val_data)
+            if config.val_mode is ValMode.CONCAT
+            else SeparateValidation(model, self.layers, config, val_data, loss_fn)
+        )
+        parameter = next(iter(self.layers[0].params.values()))
+        self._device = parameter.device
+        self.score_dtype = config.score_dtype or accumulation_dtype(parameter.dtype)
+        self._scored = {layer.name for layer in self.layers if config.selection.matches(layer)}
+        self._attached = False
+
+    @property
+    def state(self) -> Any:
+        """What the swapped forwards read."""
+        return self.validation.instrument.state
+
+    def attach(self) -> None:
+        if not self._attached:
+            self.validation.instrument.attach()
+            self._attached = True
+
+    def detach(self) -> None:
+        self.abandon()
+        self.validation.instrument.detach()
+        self._attached = False
+
+    def begin(self, X: Inputs, Y: Tensor, iteration: int, share: float | Tensor) -> None:
+        if not self._attached:
+            raise ProtocolError("the engine is detached: call attach() before a step.")
+        refuse_mixing_layers(self.model)
+        rows = row_count(X, "the training batch")
+        if Y.shape[0] != rows:
+            raise BatchError(
+                f"the training batch has {rows} input rows but {Y.shape[0]} label rows: give one each."
+            )
+        state = self.state
+        state.active, state.output_scale, self._share = False, None, share
+        val_rows = self.validation.begin(Y, iteration)
+        state.rows, state.train_rows, state.tokens = rows + val_rows, rows, token_count(X)
+        state.called.clear()
+        state.probes = self.validation.instrument.new_probes(self.score_dtype, self._device)
+        state.active = True
+
+    def forward_inputs(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
+        X, Y = self.validation.join(X, Y)
+        self.state.tokens = token_count(X)
+        return X, Y
+
+    def loss_factor(self) -> Tensor | None:
+        return self.validation.loss_factor()
+
+    def scale_outputs(self) -> None:
+        self.state.output_scale = self.loss_factor()
+
+    def collect(self) -> LayerScores:
+        state = self.state
+        if not state.active:
+            raise ProtocolError(
+                "there is no step to collect scores from: begin() comes first, then forward and backward."
+            )
+        raw = {key: probe.grad for key, probe in state.probes.items()}
+        if all(grad is None for grad in raw.values()):
+            raise ProtocolError(
+                "no score was computed: run forward and backward on forward_inputs before collecting."
+            )
+        factor = self.validation.score_factor(self._share, self._loss_scale())
+        scores = {
+            key: state.probes[key].detach() if grad is None else grad * factor
+            for key, grad in raw.items()
+            if key[0] in self._scored
+        }
+        self.abandon()
+        return scores
+
+    def abandon(self) -> None:
+        state = self.state
+        state.active, state.output_scale = False, None
+        state.probes, state.tied = {}, {}
+
+    def _loss_scale(self) -> Tensor | None:
+        """The GradScaler's present factor, as a tensor."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        return self.scaler.scale(torch.ones((), device=self._device))

@@ -1,0 +1,329 @@
+"""The manager: what a training loop calls. It knows steps, sample ids and learning rates; the engine knows
+gradients.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghost.batch import Inputs, row_count
+from ghost.config import GhostConfig
+from ghost.engines import Engine, LayerScores, LossFn, engine_class
+from ghost.errors import BatchError, ProtocolError
+from ghost.scores import ScoreLog
+from ghost.update import SKIPPED, Update, UpdateObserver
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Step:
+    """What is known of the step in progress; a step may have several micro-batches."""
+
+    iteration: int
+    samples: list[Tensor] = field(default_factory=list)
+    scores: list[LayerScores] = field(default_factory=list)
+
+    def sample(self) -> Tensor:
+        return torch.cat(self.samples)
+
+    def by_parameter(self) -> LayerScores:
+        """Scores `[b]` of all micro-batches by layer and parameter name."""
+        return {key: torch.cat([part[key] for part in self.scores]) for key in self.scores[0]}
+
+
+class ScoredStep:
+    """One micro-batch between `manager.step`'s entry and exit.
+
+    Attributes:
+        X, Y: What goes through the model: inputs and labels, with the validation rows where they join the
+            batch.
+        inputs: Both as keyword arguments of a Hugging Face model.
+    """
+
+    def __init__(self, manager: "GhostEngineManager", X: Inputs, Y: Tensor) -> None:
+        self._manager, self.X, self.Y = manager, X, Y
+        self.inputs: dict[str, Any] = {**({"input_ids": X} if isinstance(X, Tensor) else X), "labels": Y}
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate `loss`, the model's own loss over `inputs`, weighed and scaled as it must be."""
+        self._manager.backward(loss)
+
+    @property
+    def scores(self) -> Tensor:
+        """Scores of the step's samples so far, `[B]`; known after the with-block."""
+        return self._manager.scores
+
+
+class GhostEngineManager:
+    """Scores the training samples of anyone's loop.
+
+    Args:
+        config: Settings, as `GhostConfig` or any mapping or object with its field names (GhostSuite's are
+            accepted).
+        model: The model; wrapped by DDP or `torch.compile` is fine.
+        optimizer: Its optimizer, observed for learning rates, clipping and skipped steps.
+        ddp_info: Accepted for GhostSuite's loops; ranks are taken from `torch.distributed`.
+        val_data: `(X_val, Y_val)`, tensors or dicts of tensors with a row per sample.
+        loss_fn: `loss_fn(model, X, Y)`, the loss of a validation batch for `val_mode='separate'`; by default
+            `model(**inputs, labels=Y).loss`. Under autocast it should enter autocast itself.
+        scaler: The loop's `torch.amp.GradScaler`, if it has one.
+
+    Raises:
+        GhostConfigError, UnsupportedModelError: Before anything is changed.
+    """
+
+    def __init__(
+        self, config: Any, model: nn.Module, optimizer: torch.optim.Optimizer, ddp_info: Any = None,
+        val_data: tuple[Inputs, Tensor] | None = None, loss_fn: LossFn | None = None, scaler: Any = None,
+    ) -> None:  # fmt: skip
+        del ddp_info
+        self.config = GhostConfig.read(config)
+        self.model = unwrap(model)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.engine: Engine = engine_class(self.config.engine)(
+            self.model, self.config, val_data, loss_fn, self._scaler
+        )
+        out = self.config.result_dir
+        self._log = ScoreLog(Path(out) / "scores", self.config.storage_dtype) if out else None
+        self._observer = UpdateObserver(optimizer, self.model)
+        self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._step: _Step | None = None
+        self._micro_batch_open = False
+        self._complete = False
+        self._closed = False
+        self.is_active = False
+        self.reattach_after_evaluation()
+
+    # --- one step -------------------------------------------------------------------------------------------
+    # --------------------
+
+    def attach_train_batch(
+        self, X: Inputs, Y: Tensor, iteration: int, batch_idx: Sequence[int] | Tensor,
+        share: float | Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Before a training micro-batch's forward.
+
+        Args:
+            X, Y: Inputs and labels of the training rows.
+            iteration: The optimizer step; micro-batches of one step have the same.
+            batch_idx: Running indices of the rows, `[b]` integers.
+            share: The factor on this micro-batch's loss in the step's loss; by default `1 /
+                gradient_accumulation_steps`.
+        """
+        if not self.is_active:
+            raise ProtocolError("the manager is detached: call reattach_after_evaluation() before a step.")
+        if self._complete:
+            self._finish_step()
+        elif self._micro_batch_open:
+            self._close_micro_batch()
+        if self._step is not None and self._step.iteration != iteration:
+            raise ProtocolError(
+                f"step {self._step.iteration} is still open at iteration {iteration}: call "
+                "prepare_gradients() after its last backward."
+            )
+        self._step = self._step or _Step(iteration)
+        sample = torch.as_tensor(batch_idx, dtype=torch.int64).cpu()
+        rows = row_count(X, "the training batch")
+        if sample.shape != (rows,):
+            raise BatchError(
+                f"batch_idx has shape {tuple(sample.shape)}, but the training batch has {rows} rows: give "
+                "one index each."
+            )
+        self._share = 1.0 / self.config.gradient_accumulation_steps if share is None else share
+        self.engine.begin(X, Y, iteration, self._share)
+        self._step.samples.append(sample)
+        self._micro_batch_open = True
+
+    def prepare_forward_input(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
+        """What goes through the model in place of `(X, Y)`; the loop calls `loss.backward()` on the model's
+        loss over it.
+        """
+        self._need_open_micro_batch("prepare_forward_input")
+        self.engine.scale_outputs()
+        return self.engine.forward_inputs(X, Y)
+
+    def prepare_gradients(self) -> None:
+        """After the step's last backward: `.grad` is the training gradient alone, and `scores` are known."""
+        if self._micro_batch_open:
+            self._close_micro_batch()
+        if self._step is None:
+            raise ProtocolError("there is no step to prepare gradients for: call attach_train_batch() first.")
+        scale = None
+        if self._scaler is not None:
+            scale = self._scaler.scale(torch.ones((), device=next(self.model.parameters()).device))
+        self._observer.expect(scale)
+        self._complete = True
+
+    @contextmanager
+    def step(
+        self, X: Inputs, Y: Tensor, *, batch_idx: Sequence[int] | Tensor, iteration: int,
+        share: float | Tensor | None = None, last: bool = True,
+    ) -> Iterator[ScoredStep]:  # fmt: skip
+        """One micro-batch: forward and `step.backward(loss)` go inside, `optimizer.step()` comes after.
+
+        Args:
+            X, Y, batch_idx, iteration, share: As for `attach_train_batch`.
+            last: Whether this is the step's last micro-batch.
+        """
+        self.attach_train_batch(X, Y, iteration, batch_idx, share)
+        try:
+            yield ScoredStep(self, *self.engine.forward_inputs(X, Y))
+        except BaseException:
+            self.engine.abandon()
+            self._micro_batch_open = False
+            self._step = None
+            raise
+        self._close_micro_batch()
+        if last:
+            self.prepare_gradients()
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate the model's own loss over the forward inputs, weighed and scaled as the step needs
+        it.
+        """
+        self._need_open_micro_batch("backward")
+        factor = self.engine.loss_factor()
+        weight = self._share if factor is None else factor * self._share
+        if isinstance(weight, Tensor) or weight != 1.0:
+            loss = loss * weight
+        if self._scaler is not None:
+            loss = self._scaler.scale(loss)
+        loss.backward()
+
+    @property
+    def scores(self) -> Tensor:
+        """Scores of the latest step's samples, `[B]`, in the order in which they were attached; empty without
+        scoring.
+        """
+        parts = list(self._by_parameter().values())
+        return torch.stack(parts).sum(0) if parts else torch.zeros(0)
+
+    @property
+    def scores_by_layer(self) -> dict[str, Tensor]:
+        """The same scores by layer name, `[B]` each; they sum to `scores`."""
+        layers: dict[str, Tensor] = {}
+        for (layer, _), part in self._by_parameter().items():
+            layers[layer] = layers[layer] + part if layer in layers else part
+        return layers
+
+    # --- the log --------------------------------------------------------------------------------------------
+    # --------------------
+
+    def aggregate_and_log(self) -> None:
+        """After `optimizer.step()`: the step's rows are ready to be written."""
+        if not self._complete:
+            raise ProtocolError("aggregate_and_log() comes after prepare_gradients() and optimizer.step().")
+
+    def clear_gradients(self) -> None:
+        """For GhostSuite's loops: nothing is kept on parameters, so there is nothing to clear."""
+
+    def should_save_metrics(self, iteration: int) -> bool:
+        """Whether a score shard is due after this step."""
+        return (iteration + 1) % self.config.save_interval == 0
+
+    def save_metrics(self, iteration: int) -> None:
+        """Write a score shard with all steps that are done; a step whose `optimizer.step()` is still to come
+        is not.
+        """
+        del iteration
+        if self._complete and self._observer.take() is not None:
+            self._write_rows()
+        if self._log is not None:
+            self._log.flush()
+
+    def _finish_step(self) -> None:
+        """Log the step, with what the optimizer made of it, and make way for the next."""
+        self._write_rows()
+        self._step, self._complete = None, False
+
+    def _write_rows(self) -> None:
+        """Hand the step's rows to the log, once."""
+        step = self._step
+        if step is None or not step.samples or self._log is None:
+            return
+        by_parameter = step.by_parameter()
+        if not by_parameter:
+            return
+        update = self._observer.take()
+        if update is None:
+            log.info(
+                "step %d was skipped by the optimizer: its samples are credited nothing.", step.iteration
+            )
+            update = SKIPPED
+        score, lr = self._by_learning_rate(by_parameter, update)
+        self._log.append(step.iteration, step.sample(), score, lr, update.clip)
+        step.samples = []
+
+    def _by_learning_rate(self, by_parameter: LayerScores, update: Update) -> tuple[Tensor, Tensor]:
+        """Scores `[n]` and their learning rate, or `[n, R]` and one rate a parameter group where the rates
+        differ.
+        """
+        stacked = torch.stack(list(by_parameter.values()))  # [P, n]
+        if bool((update.lr == update.lr[0]).all()):
+            return stacked.sum(0), update.lr[0]
+        groups = self._observer.groups()
+        index = [
+            groups[id(self._parameters[f"{layer}.{key}" if layer else key])] for layer, key in by_parameter
+        ]
+        score = stacked.new_zeros(len(update.lr), stacked.shape[1])
+        score.index_add_(0, torch.tensor(index, device=stacked.device), stacked)
+        return score.T, update.lr
+
+    # --- life -----------------------------------------------------------------------------------------------
+    # -------------------
+
+    def detach_for_evaluation(self) -> None:
+        """Leave the model as it was before the manager came."""
+        self.engine.detach()
+        self.is_active = False
+
+    def reattach_after_evaluation(self) -> None:
+        """Make the model ready for scoring again."""
+        self.engine.attach()
+        self.is_active = True
+
+    def cleanup(self) -> None:
+        """Write what is pending and detach; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._complete:
+            self._finish_step()
+        if self._log is not None:
+            self._log.flush()
+        self._observer.close()
+        self.detach_for_evaluation()
+
+    def _by_parameter(self) -> LayerScores:
+        if self._step is None or not self._step.scores:
+            raise ProtocolError(
+                "no scores are known yet: they are after the backward and prepare_gradients()."
+            )
+        return self._step.by_parameter()
+
+    def _close_micro_batch(self) -> None:
+        assert self._step is not None
+        self._step.scores.append(self.engine.collect())
+        self._micro_batch_open = False
+
+    def _need_open_micro_batch(self, call: str) -> None:
+        if not self._micro_batch_open:
+            raise ProtocolError(f"{call}() needs a training batch: call attach_train_batch() first.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and `torch.compile` wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model

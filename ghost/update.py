@@ -1,0 +1,90 @@
+"""What the optimizer makes of a step: its learning rates, and the one factor by which clipping has scaled the
+gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WITNESS_NUMEL = 4096
+_WITNESS_COUNT = 64
+
+
+@dataclass(frozen=True)
+class Update:
+    """A step that the optimizer is about to take.
+
+    Attributes:
+        lr: Learning rates `[R]`, one a parameter group, float64.
+        clip: The clipping coefficient, 0-dim.
+    """
+
+    lr: Tensor
+    clip: Tensor
+
+
+SKIPPED = Update(lr=torch.zeros(1, dtype=torch.float64), clip=torch.zeros((), dtype=torch.float64))
+"""A step that the optimizer never took: it credits nothing."""
+
+
+class UpdateObserver:
+    """Watches `optimizer.step()`.
+
+    Gradients are clipped and unscaled between the backward and the step, in the user's own code. Both
+    multiply every gradient by one number, so a few small gradients, kept after the backward and compared when
+    the step begins, tell the number. A step that is skipped (an overflow under a GradScaler) is never
+    observed.
+
+    Args:
+        optimizer: The loop's optimizer.
+        model: The model, whose small parameters bear witness.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self._optimizer = optimizer
+        trained = sorted((p for p in model.parameters() if p.requires_grad), key=nn.Parameter.numel)
+        small = [p for p in trained if p.numel() <= _WITNESS_NUMEL][:_WITNESS_COUNT]
+        self._witnesses = small or trained[:1]
+        self._before: list[Tensor | None] = []
+        self._scale: Tensor | None = None
+        self._seen: Update | None = None
+        self._hook = optimizer.register_step_pre_hook(self._observe)
+
+    def expect(self, scale: Tensor | None) -> None:
+        """Note the gradients as the backward left them, `scale` being the loss scale in them."""
+        self._before = [None if p.grad is None else p.grad.detach().clone() for p in self._witnesses]
+        self._scale, self._seen = scale, None
+
+    def take(self) -> Update | None:
+        """The update seen since `expect`, or None."""
+        return self._seen
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._hook.remove()
+
+    def groups(self) -> dict[int, int]:
+        """The parameter group of each parameter, by `id`."""
+        return {id(p): i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+
+    def _observe(self, *_: Any) -> None:
+        if not self._before:
+            return
+        pairs = [
+            (before.double().flatten(), p.grad.detach().double().flatten())
+            for before, p in zip(self._before, self._witnesses, strict=True)
+            if before is not None and p.grad is not None
+        ]
+        clip = torch.ones((), dtype=torch.float64)
+        if pairs:
+            before, after = (torch.cat(side) for side in zip(*pairs, strict=True))
+            norm = before @ before
+            clip = torch.where(norm > 0, (before @ after) / norm, torch.ones_like(norm))
+            if self._scale is not None:
+                clip = clip * self._scale
+        lr = [
+            torch.as_tensor(group["lr"], dtype=torch.float64).cpu() for group in self._optimizer.param_groups
+        ]
+        self._seen, self._before = Update(torch.stack(lr), clip), []

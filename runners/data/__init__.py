@@ -1,0 +1,30 @@
+"""Data sources: each gives training and validation samples with stable ids and domains."""
+
+from collections.abc import Callable
+
+from omegaconf import DictConfig
+
+from runners.data.base import DataBundle
+from runners.data.digits import build_digits
+from runners.data.interpreter import build_interpreter
+from runners.data.text import build_text
+from runners.data.tokens import build_tokens
+from runners.errors import ConfigError
+
+SOURCES: dict[str, Callable[[DictConfig, int], DataBundle]] = {
+    "interpreter": build_interpreter,
+    "text": build_text,
+    "tokens": build_tokens,
+    "digits": build_digits,
+}
+
+
+def build_data(cfg: DictConfig, seed: int) -> DataBundle:
+    """The samples that the `data` part of the config describes.
+
+    Raises ConfigError for a setting that cannot work, DataError for a source that is missing, damaged or too
+    small.
+    """
+    if cfg.kind not in SOURCES:
+        raise ConfigError(f"data.kind={cfg.kind!r} is no data source; choose one of {', '.join(SOURCES)}.")
+    return SOURCES[cfg.kind](cfg, seed)

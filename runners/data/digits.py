@@ -1,0 +1,108 @@
+"""scikit-learn's handwritten digits: 1,797 images of 8 × 8 grey values in ten classes."""
+
+import hashlib
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+
+from runners.data.base import DataBundle, Item, SampleSet, require_at_least
+from runners.data.selection import VAL_SEED, in_stable_order
+from runners.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+CLASSES = 10
+BRIGHTEST = 16.0
+
+
+class DigitSet(SampleSet):
+    """Images as float32 in [0, 1], `[64]` or `[1, 8, 8]`, and their classes."""
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        classes: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        offset: int,
+    ) -> None:
+        """`images` `[n, 64]` or `[n, 1, 8, 8]`; `classes` (true), `labels` (trained on) and `rows` `[n]`."""
+        self.images = images
+        self.labels = torch.from_numpy(labels)
+        self.offset = offset
+        self.sample_ids = [f"digits/{row}" for row in rows]
+        self.domains = [f"digit-{number}" for number in classes]
+        self.noisy: NDArray[np.bool_] = labels != classes
+        """`[n]`: which labels are wrong on purpose."""
+
+    def __getitem__(self, i: int) -> Item:
+        return self.images[i], self.labels[i], self.offset + i
+
+    def preview(self, i: int, width: int = 80) -> str:
+        note = " (wrong on purpose)" if self.noisy[i] else ""
+        return f"{self.domains[i]}, labelled {int(self.labels[i])}{note}"[:width]
+
+
+def build_digits(cfg: DictConfig, seed: int) -> DataBundle:
+    """All digits: `data.val_samples` of them, the same for every seed, for validation, the rest for training.
+
+    `data.label_noise` is the share of training labels that are replaced by a wrong class, picked by the seed.
+    Raises ConfigError for a share or a number of samples out of range.
+    """
+    # scikit-learn takes a second to import, and language runs do without it.
+    from sklearn.datasets import load_digits
+
+    pixels, classes = load_digits(return_X_y=True)
+    classes = classes.astype(np.int64)
+    _check(cfg, len(classes))
+    order = np.array(in_stable_order((f"digits/{row}" for row in range(len(classes))), VAL_SEED))
+    val_rows, train_rows = np.sort(order[: cfg.val_samples]), np.sort(order[cfg.val_samples :])
+    shape = (1, 8, 8) if cfg.as_image else (64,)
+    images = torch.from_numpy((pixels / BRIGHTEST).astype(np.float32)).reshape(-1, *shape)
+    labels = noisy_labels(classes[train_rows], cfg.label_noise, seed)
+    train = DigitSet(images[train_rows], classes[train_rows], labels, train_rows, 0)
+    val = DigitSet(images[val_rows], classes[val_rows], classes[val_rows], val_rows, len(train))
+    log.info("Digits: %d of %d training labels are wrong on purpose.", int(train.noisy.sum()), len(train))
+    return DataBundle(
+        train=train,
+        val=val,
+        vocab_size=None,
+        input_shape=shape,
+        num_classes=CLASSES,
+        fingerprint=_fingerprint([train, val]),
+        description=(
+            f"scikit-learn's digits {list(shape)}: {len(train)} training and {len(val)} validation images"
+        ),
+    )
+
+
+def noisy_labels(classes: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
+    """A copy of `classes` `[n]` with `round(share · n)` entries, picked by the seed, changed to another."""
+    generator = np.random.default_rng(seed)
+    chosen = generator.permutation(len(classes))[: round(share * len(classes))]
+    labels = classes.copy()
+    # Steps of 1 to 9 around the circle of ten classes never come back to the true one.
+    labels[chosen] = (labels[chosen] + generator.integers(1, CLASSES, len(chosen))) % CLASSES
+    return labels
+
+
+def _check(cfg: DictConfig, total: int) -> None:
+    if not 0 <= cfg.label_noise < 1:
+        raise ConfigError(f"data.label_noise={cfg.label_noise} must be at least 0 and below 1.")
+    require_at_least(cfg, "val_samples", 1)
+    if cfg.val_samples >= total:
+        raise ConfigError(
+            f"data.val_samples={cfg.val_samples} leaves none of the {total} digits to train on."
+        )
+
+
+def _fingerprint(sets: list[DigitSet]) -> str:
+    digest = hashlib.sha256()
+    for samples in sets:
+        digest.update("\0".join(samples.sample_ids).encode())
+        digest.update(samples.images.numpy().astype("<f4").tobytes())
+        digest.update(samples.labels.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""Batches from sample sets: an endless training stream that can start anywhere, and validation in order."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from runners.data.base import Batch, DataBundle, Item, SampleSet
+from runners.errors import ConfigError
+
+IGNORED_LABEL = -100
+# Causal models never let a counted token see the padding after it, so any id of the vocabulary serves.
+PADDING_ID = 0
+
+ROWS_PER_WRITE = 65_536
+
+SAMPLES_SCHEMA = pa.schema(
+    [("index", pa.int64()), ("sample_id", pa.string()), ("domain", pa.string()), ("split", pa.string())]
+)
+
+
+def train_batches(
+    train: SampleSet, batch_size: int, seed: int, shuffle: bool, num_workers: int, start_step: int = 0
+) -> Iterator[Batch]:
+    """The endless stream of full training batches, from step `start_step` on.
+
+    Each epoch is a fresh permutation drawn from (seed, epoch), or the samples' own order without `shuffle`.
+    The epochs follow each other without a gap: a batch may hold the end of one and the start of the next, so
+    every sample comes exactly once in an epoch. The batch of a step does not depend on where the stream was
+    started, nor on `num_workers`.
+
+    Raises ConfigError if `batch_size` exceeds the number of samples.
+    """
+    if batch_size > len(train):
+        raise ConfigError(
+            f"trainer.batch_size={batch_size} exceeds the {len(train)} training samples, so a batch would "
+            f"hold a sample twice; use at most {len(train)}, or more data."
+        )
+    sampler = EpochBatches(len(train), batch_size, seed, shuffle, start_step)
+    return iter(
+        DataLoader(
+            train,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=partial(collate, seq_len=train.seq_len),
+            # Of its own, so that starting a stream leaves the global random state alone.
+            generator=torch.Generator(),
+        )
+    )
+
+
+def val_batch(val: SampleSet) -> Batch:
+    """All validation rows as one batch."""
+    return collate([val[i] for i in range(len(val))], val.seq_len)
+
+
+def eval_batches(samples: SampleSet, batch_size: int) -> Iterator[Batch]:
+    """All rows once, in order; the last batch may be short."""
+    for start in range(0, len(samples), batch_size):
+        rows = range(start, min(start + batch_size, len(samples)))
+        yield collate([samples[i] for i in rows], samples.seq_len)
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Endless batches of positions in `range(size)`; an epoch's permutation depends on (seed, epoch)."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool, start_step: int) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.start_step = start_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        positions = self._positions()
+        while True:
+            yield list(islice(positions, self.batch_size))
+
+    def _positions(self) -> Iterator[int]:
+        epoch, offset = divmod(self.start_step * self.batch_size, self.size)
+        while True:
+            yield from self._epoch(epoch)[offset:]
+            epoch, offset = epoch + 1, 0
+
+    def _epoch(self, epoch: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(self.size)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.size).tolist()
+
+
+def collate(items: Sequence[Item], seq_len: int | None) -> Batch:
+    """Items as one batch; with `seq_len` they are rows of token ids, padded on the right to that width.
+
+    The batch has an `attention_mask` only if a row was shorter; labels of padding are -100.
+    """
+    inputs, labels, numbers = zip(*items, strict=True)
+    index = torch.tensor(numbers, dtype=torch.int64)  # [b]
+    if seq_len is None:
+        return Batch(torch.stack(inputs), torch.stack(labels), index)
+    rows = [row["input_ids"] for row in inputs]
+    padded = {"input_ids": _padded(rows, seq_len, PADDING_ID)}
+    if any(len(row) < seq_len for row in rows):
+        padded["attention_mask"] = _padded([torch.ones_like(row) for row in rows], seq_len, 0)
+    return Batch(padded, _padded(labels, seq_len, IGNORED_LABEL), index)
+
+
+def _padded(rows: Sequence[torch.Tensor], seq_len: int, value: int) -> torch.Tensor:
+    padded = torch.full((len(rows), seq_len), value, dtype=torch.int64)  # [b, T]
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+def write_samples(bundle: DataBundle, path: Path) -> None:
+    """Writes a Parquet row (`index`, `sample_id`, `domain`, `split`) for every sample, atomically."""
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with pq.ParquetWriter(partial_path, SAMPLES_SCHEMA) as writer:
+            for split, samples in (("train", bundle.train), ("val", bundle.val)):
+                for start in range(0, len(samples), ROWS_PER_WRITE):
+                    writer.write_batch(_sample_rows(samples, split, start))
+        partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def _sample_rows(samples: SampleSet, split: str, start: int) -> pa.RecordBatch:
+    rows = range(start, min(start + ROWS_PER_WRITE, len(samples)))
+    columns = [
+        [samples.offset + i for i in rows],
+        [samples.sample_ids[i] for i in rows],
+        [samples.domains[i] for i in rows],
+        [split] * len(rows),
+    ]
+    return pa.record_batch(columns, schema=SAMPLES_SCHEMA)

@@ -1,0 +1,298 @@
+"""Checks across keys, before anything is built: what Hydra's types cannot say.
+
+Each check raises `ConfigError` with one sentence: the key, its value, and what to type instead. Torch is not
+imported.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from math import isfinite
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from runners.errors import ConfigError
+from runners.help_text import is_unresolved, typed
+from runners.hydra_errors import suggestion
+
+LANGUAGE_DATA = ("interpreter", "text", "tokens")
+
+# Whole numbers and their smallest sensible value; null is allowed where the schema allows it.
+SMALLEST = {
+    "seed": 0,
+    "model.config.n_layer": 1,
+    "model.config.n_head": 1,
+    "model.config.n_embd": 1,
+    "model.config.n_positions": 2,
+    "model.config.vocab_size": 2,
+    "data.seq_len": 2,  # one token to read, one to predict
+    "data.train_samples": 1,
+    "data.val_samples": 1,
+    "data.num_workers": 0,
+    "data.vocab_size": 2,
+    "engine.val_batch_size": 1,
+    "engine.val_every": 1,
+    "hardware.threads": 1,
+    "trainer.max_steps": 1,
+    "trainer.batch_size": 1,
+    "trainer.gradient_accumulation_steps": 1,
+    "trainer.warmup_steps": 0,
+    "trainer.eval_every": 1,
+    "trainer.eval_batch_size": 1,
+    "trainer.flush_every": 1,
+    "trainer.overhead_probes": 0,
+}
+
+POSITIVE = ("optimizer.lr", "optimizer.eps", "trainer.clip_grad_norm")
+FRACTIONS = (  # in [0, 1)
+    "data.label_noise",
+    "model.config.attn_pdrop",
+    "model.config.resid_pdrop",
+    "model.config.embd_pdrop",
+    "optimizer.momentum",
+)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises `ConfigError` for a composed config (Hydra's own node removed) that cannot run as it stands."""
+    _keys_known(cfg, prefix="")
+    _keys_given(cfg)
+    _choices_kept(cfg)
+    _numbers(cfg)
+    _model(cfg)
+    _data(cfg)
+    _pairing(cfg)
+    if cfg.engine.name == "graddotprod":
+        _graddotprod(cfg)
+    else:
+        _regular(cfg)
+    _layers(cfg)
+    _dtype(cfg)
+    _optimizer(cfg)
+    _trainer(cfg)
+    _tracking(cfg)
+
+
+def _refuse(cfg: DictConfig, key: str, why: str) -> None:
+    raise ConfigError(f"{key}={typed(OmegaConf.select(cfg, key))} {why}")
+
+
+def _keys_known(cfg: DictConfig, prefix: str) -> None:
+    """Hydra lets `+key=value` past the schema; a key nobody reads would be a setting without effect."""
+    schema = OmegaConf.get_type(cfg)
+    if not is_dataclass(schema):
+        return
+    known = [item.name for item in fields(schema)]
+    for name in map(str, cfg):
+        if name not in known:
+            hint = suggestion(name, known, prefix)
+            raise ConfigError(f"{prefix}{name}: there is no such key{hint} (keys: {', '.join(known)})")
+        if not is_unresolved(cfg, name) and isinstance(cfg[name], DictConfig):
+            _keys_known(cfg[name], prefix=f"{prefix}{name}.")
+
+
+def _keys_given(cfg: DictConfig) -> None:
+    # Hydra sets output_dir when the job starts.
+    own = OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name != "output_dir"])
+    try:
+        missing = OmegaConf.missing_keys(own)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    if missing:
+        key = min(missing)
+        raise ConfigError(f"{key} has no value: type {key}=VALUE, see --help")
+
+
+def _numbers(cfg: DictConfig) -> None:
+    for key, smallest in SMALLEST.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value < smallest:
+            _refuse(cfg, key, f"is too small: type {key}={smallest} or more")
+    for key in POSITIVE:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (value > 0 and isfinite(value)):
+            _refuse(cfg, key, "must be a number greater than 0")
+    for key in FRACTIONS:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not 0 <= value < 1:
+            _refuse(cfg, key, "must be at least 0 and less than 1")
+    for key, value in _widths(cfg):
+        if not value or min(value) < 1:
+            _refuse(cfg, key, "must list one or more positive whole numbers, such as [32,64]")
+
+
+def _widths(cfg: DictConfig) -> Iterator[tuple[str, ListConfig]]:
+    for key in ("model.hidden", "model.channels"):
+        value = OmegaConf.select(cfg, key)
+        if value is not None:
+            yield key, value
+
+
+def _model(cfg: DictConfig) -> None:
+    if cfg.model.kind == "gpt2" and cfg.model.path is None:
+        shape = cfg.model.config
+        if shape.n_embd % shape.n_head:
+            _refuse(cfg, "model.config.n_embd", f"must be a multiple of model.config.n_head={shape.n_head}")
+
+
+def _choices_kept(cfg: DictConfig) -> None:
+    """The key that tells a group's choices apart does not change the choice: its other keys would not fit."""
+    for group in ("model", "data", "engine", "optimizer"):
+        schema = OmegaConf.get_type(cfg[group])
+        for item in fields(schema) if is_dataclass(schema) else ():
+            if item.metadata.get("fixed") and cfg[group][item.name] != item.default:
+                value = cfg[group][item.name]
+                _refuse(cfg, f"{group}.{item.name}", f"does not change the choice: type {group}={value}")
+
+
+def _data(cfg: DictConfig) -> None:
+    data = cfg.data
+    if data.kind in ("text", "tokens") and not data.path:
+        _refuse(cfg, "data.path", "names nothing: type data.path=PATH")
+    if data.kind == "interpreter":
+        if not data.domains:
+            _refuse(cfg, "data.domains", "leaves no text: name one or more of code, docs, legal")
+        if data.shuffled_domain is not None and data.shuffled_domain not in data.domains:
+            _refuse(
+                cfg, "data.shuffled_domain", f"is not in data.domains={typed(data.domains)}: add it there"
+            )
+
+
+def _pairing(cfg: DictConfig) -> None:
+    model, data = cfg.model, cfg.data
+    if (data.kind in LANGUAGE_DATA) != (model.kind == "gpt2"):
+        right = "model=gpt2" if data.kind in LANGUAGE_DATA else "model=mlp, or model=cnn data.as_image=true"
+        other = "data=interpreter" if model.kind == "gpt2" else "data=digits"
+        raise ConfigError(f"model={model.kind} cannot read data={data.kind}: type {right}, or {other}")
+    if model.kind == "cnn" and not data.as_image:
+        _refuse(cfg, "data.as_image", "gives flat samples to model=cnn: type data.as_image=true")
+    if model.kind == "mlp" and data.as_image:
+        _refuse(
+            cfg,
+            "data.as_image",
+            "gives images to model=mlp: type data.as_image=false, or model=cnn",
+        )
+    # A model from a folder or the hub brings its own lengths.
+    if model.kind == "gpt2" and model.path is None and data.seq_len > model.config.n_positions:
+        longest = model.config.n_positions
+        _refuse(
+            cfg,
+            "data.seq_len",
+            f"is more than model.config.n_positions={longest}: type that or less",
+        )
+
+
+def _graddotprod(cfg: DictConfig) -> None:
+    engine = cfg.engine
+    if engine.val_mode == "concat":
+        if engine.bitwise:
+            _refuse(cfg, "engine.bitwise", "needs its own validation pass: type engine.val_mode=separate")
+        if engine.val_every > 1:
+            _refuse(cfg, "engine.val_every", "needs its own validation pass: type engine.val_mode=separate")
+    elif engine.algebra == "token_token":
+        _refuse(
+            cfg, "engine.algebra", "needs the validation rows in the same pass: type engine.val_mode=concat"
+        )
+    if engine.bitwise and engine.algebra == "fused":
+        _refuse(
+            cfg,
+            "engine.algebra",
+            "changes rounding, which engine.bitwise=true forbids: type engine.algebra=auto",
+        )
+    if engine.val_batch_size > cfg.data.val_samples:
+        most = cfg.data.val_samples
+        _refuse(cfg, "engine.val_batch_size", f"is more than data.val_samples={most}: type {most} or less")
+
+
+def _regular(cfg: DictConfig) -> None:
+    if list(cfg.layers.include) != ["*"] or cfg.layers.exclude or cfg.layers.families:
+        raise ConfigError(
+            f"layers.families={typed(cfg.layers.families)} (include={typed(cfg.layers.include)}, "
+            f"exclude={typed(cfg.layers.exclude)}) has no effect with engine=regular, which scores nothing: "
+            "type layers=all, or engine=graddotprod"
+        )
+    if cfg.preview:
+        _refuse(cfg, "preview", "has no effect with engine=regular, which values nothing: type preview=false")
+
+
+def _layers(cfg: DictConfig) -> None:
+    if not cfg.layers.include:
+        _refuse(cfg, "layers.include", 'selects no layer: type layers.include=["*"] for all')
+    for key in ("include", "exclude"):
+        if "" in cfg.layers[key]:
+            _refuse(cfg, f"layers.{key}", "holds an empty pattern: name layers, with * for any characters")
+
+
+def _dtype(cfg: DictConfig) -> None:
+    dtype = cfg.dtype
+    if dtype.score == "bfloat16":
+        _refuse(cfg, "dtype.score", "would drop most of a score's digits: type dtype.score=float32")
+    if dtype.autocast is None:
+        return
+    if dtype.autocast != "bfloat16":
+        _refuse(cfg, "dtype.autocast", "is not a reduced precision: type dtype.autocast=bfloat16, or null")
+    if dtype.model != "float32":
+        _refuse(
+            cfg, "dtype.model", "does not go with autocast: type dtype.model=float32 or dtype.autocast=null"
+        )
+
+
+def _optimizer(cfg: DictConfig) -> None:
+    optimizer = cfg.optimizer
+    if optimizer.weight_decay < 0:
+        _refuse(cfg, "optimizer.weight_decay", "must be 0 or more")
+    if optimizer.name == "adamw" and (
+        len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas)
+    ):
+        _refuse(
+            cfg,
+            "optimizer.betas",
+            "must be two numbers from 0 to below 1, such as [0.9,0.999]",
+        )
+    if optimizer.name == "sgd" and optimizer.nesterov and optimizer.momentum == 0:
+        _refuse(cfg, "optimizer.nesterov", "needs momentum: type optimizer.momentum=0.9")
+
+
+def _trainer(cfg: DictConfig) -> None:
+    trainer = cfg.trainer
+    if trainer.eval_only:
+        _eval_only(cfg)
+        return
+    if trainer.warmup_steps > trainer.max_steps:
+        _refuse(
+            cfg,
+            "trainer.warmup_steps",
+            f"is more than trainer.max_steps={trainer.max_steps}: type that or less",
+        )
+    train_samples = OmegaConf.select(cfg, "data.train_samples")
+    if train_samples is not None and trainer.batch_size > train_samples:
+        _refuse(
+            cfg, "trainer.batch_size", f"is more than data.train_samples={train_samples}: type that or less"
+        )
+
+
+def _eval_only(cfg: DictConfig) -> None:
+    """Nothing is trained: settings that only training reads, where they differ from what does nothing."""
+    idle: dict[str, object] = {
+        "preview": False,
+        "trainer.gradient_accumulation_steps": 1,
+        "trainer.clip_grad_norm": None,
+        "trainer.warmup_steps": 0,
+        "trainer.lr_schedule": "constant",
+        "engine.bitwise": False,
+        "layers.exclude": [],
+        "layers.families": [],
+    }
+    for key, neutral in idle.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value != neutral:
+            _refuse(cfg, key, f"has no effect with trainer.eval_only=true: type {key}={typed(neutral)}")
+
+
+def _tracking(cfg: DictConfig) -> None:
+    tracking = cfg.tracking
+    if tracking.enabled:
+        return
+    for key in ("uri", "run_name"):
+        if tracking[key] is not None:
+            _refuse(cfg, f"tracking.{key}", "has no effect with tracking.enabled=false: type tracking=mlflow")

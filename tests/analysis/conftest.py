@@ -1,0 +1,91 @@
+"""Synthetic run directories: what a run leaves, without running one."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ghost.values import accumulate
+
+MakeRun = Callable[..., Path]
+
+CONFIG = "engine:\n  name: graddotprod\noptimizer:\n  name: adamw\n  lr: 1.0e-05\nseed: 0\n"
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    def make(
+        name: str = "run",
+        domains: Sequence[str] = ("code", "docs", "legal"),
+        samples: int = 60,
+        steps: int = 12,
+        batch: int = 10,
+        constant: float | None = None,
+        heavy: bool = False,
+        groups: int | None = None,
+    ) -> Path:
+        run = tmp_path / name
+        (run / "scores").mkdir(parents=True)
+        (run / "config.yaml").write_text(CONFIG)
+        rng = np.random.default_rng(0)
+        codes = rng.integers(0, len(domains), samples)
+        # Ids as real ones are: long, and with characters that mean something to formatters.
+        ids = [f"{domains[c]}:package/module_{i:03d}.py:{i}$x" for i, c in enumerate(codes)]
+        offset = 5  # running indices need not start at zero
+        table = {
+            "index": np.arange(samples) + offset,
+            "sample_id": ids,
+            "domain": [domains[c] for c in codes],
+        }
+        pq.write_table(pa.table(table), run / "samples.parquet")
+
+        shards = []
+        for step in range(1, steps + 1):
+            chosen = rng.permutation(samples)[:batch]
+            noise = rng.standard_t(1.3, batch) if heavy else rng.normal(size=batch)
+            score = (noise + 0.8 * (1 - codes[chosen])) / step
+            if constant is not None:
+                score[:] = constant
+            column = torch.tensor(score, dtype=torch.float32)
+            if groups is not None:
+                column = (column / groups)[:, None].expand(-1, groups).contiguous()
+            shards.append(
+                {
+                    "step": torch.full((batch,), step),
+                    "sample": torch.tensor(chosen) + offset,
+                    "score": column,
+                    "lr": torch.full_like(column, 1e-3),
+                    "clip": torch.ones(batch),
+                }
+            )
+        for number, part in enumerate((shards[: steps // 2], shards[steps // 2 :])):
+            if part:
+                merged = {key: torch.cat([shard[key] for shard in part]) for key in part[0]}
+                torch.save(merged, run / "scores" / f"shard-{number:05d}.pt")
+        if steps == 1:  # a run that short writes one shard
+            (run / "scores" / "shard-00001.pt").rename(run / "scores" / "shard-00000.pt")
+
+        found = accumulate(shards)
+        rows = (found.sample - offset).tolist()
+        values = {
+            "sample_id": [ids[i] for i in rows],
+            "domain": [domains[codes[i]] for i in rows],
+            "value": found.value.numpy(),
+            "times_seen": found.times_seen.numpy(),
+        }
+        pq.write_table(pa.table(values), run / "values.parquet")
+
+        with (run / "metrics.jsonl").open("w") as file:
+            for step in range(1, steps + 1):
+                line = {"step": step, "time": 0.0, "train/loss": 8 / step**0.3 + 0.2 * rng.normal()}
+                file.write(json.dumps(line) + "\n")
+                if step % max(1, steps // 4) == 0:
+                    file.write(json.dumps({"step": step, "time": 0.0, "val/loss": 8.2 / step**0.28}) + "\n")
+        return run
+
+    return make

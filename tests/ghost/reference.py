@@ -1,0 +1,55 @@
+"""The plain way, as slow as it is obvious: one backward a sample, everything in float64."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ghost.batch import Inputs, row_count, take_rows
+from ghost.loss import LossReduction, count
+
+LossFn = Callable[[nn.Module, Inputs, Tensor], Tensor]
+Gradient = dict[str, Tensor]
+
+
+def gradient(model: nn.Module, loss: Tensor) -> Gradient:
+    """The gradient of `loss` by parameter name, each tensor once; zeros where a parameter takes no part."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(named.items(), grads, strict=True)
+    }
+
+
+def sample_gradients(
+    model: nn.Module, loss_fn: LossFn, X: Inputs, Y: Tensor, reduction: LossReduction
+) -> list[Gradient]:
+    """`g_i`: every sample's part of the gradient of the batch's own loss, by a batch-size-1 loop."""
+    total = count(Y, reduction).double()
+    parts = []
+    for i in range(row_count(X, "batch")):
+        row = slice(i, i + 1)
+        n = count(Y[row], reduction).double()
+        if (
+            n == 0
+        ):  # nothing counted: the mean over nothing is not a number, the sample's part of the sum is zero
+            parts.append({k: torch.zeros_like(p) for k, p in model.named_parameters() if p.requires_grad})
+            continue
+        weight = n / total if reduction is not LossReduction.SUM else 1.0
+        parts.append(gradient(model, loss_fn(model, take_rows(X, row), Y[row]) * weight))
+    return parts
+
+
+def dot(a: Gradient, b: Gradient) -> Tensor:
+    """`⟨a, b⟩` over all parameters, accumulated in float64."""
+    return torch.stack([(a[k].double() * b[k].double()).sum() for k in a]).sum()
+
+
+def scores(
+    model: nn.Module, loss_fn: LossFn, train: tuple[Inputs, Tensor], val: tuple[Inputs, Tensor],
+    reduction: LossReduction,
+) -> Tensor:  # fmt: skip
+    """`⟨∇L_val, g_i⟩` for every training sample."""
+    val_grad = gradient(model, loss_fn(model, *val))
+    return torch.stack([dot(val_grad, g) for g in sample_gradients(model, loss_fn, *train, reduction)])

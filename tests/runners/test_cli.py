@@ -1,0 +1,329 @@
+"""The command line: one sentence an error, exit codes, experiments by path, help, what is not imported."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from runners import cli
+from runners.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers", "mlflow", "matplotlib", "sklearn", "numpy"}
+
+Line = Callable[..., int]
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    """Runs a command line in this process, in an empty folder, and returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by `main`; put back at the end
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run_line(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        try:
+            return cli.main()
+        except SystemExit as end:
+            return int(str(end.code))
+
+    yield run_line
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
+    """Stands in for training: records the configs; the seed decides how a run ends."""
+    configs: list[DictConfig] = []
+    ends: dict[int, BaseException] = {
+        1: DataError("data.path=x is empty: type data.path=PATH"),
+        2: ValueError("surprise"),
+        3: KeyboardInterrupt(),
+    }
+
+    def run(cfg: DictConfig) -> float:
+        OmegaConf.resolve(cfg)  # output_dir is known only while the job runs
+        configs.append(cfg)
+        if cfg.seed in ends:
+            raise ends[cfg.seed]
+        return 1.5
+
+    module = ModuleType("runners.train")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "runners.train", module)
+    return configs
+
+
+MISTAKES = {
+    "model=gpt3": ["model=gpt3", "did you mean gpt2?", "gpt2-tiny", "mlp"],
+    "modle=gpt2": ["modle=gpt2", "did you mean model?"],
+    "trainer.max_step=3": ["trainer.max_step=3", "did you mean trainer.max_steps?"],
+    "max_steps=3": ["max_steps=3", "did you mean trainer.max_steps?"],
+    "foo.bar=1": ["foo.bar=1", "there is no key foo", "trainer"],
+    "experimnt=planted": ["experimnt=planted", "did you mean experiment?"],
+    "experiment=plantd": ["experiment=plantd", "did you mean planted?"],
+    "experiment=nowhere.json": ["experiment=nowhere.json", "no such file"],
+    "+experiment=planted": ["experiment=CHOICE", "without +"],
+    "trainer.max_steps=abc": ["trainer.max_steps=abc", "a whole number"],
+    "trainer.max_steps=2.5": ["trainer.max_steps=2.5", "a whole number"],
+    "trainer.max_steps=null": ["trainer.max_steps=null", "needs a value"],
+    "trainer.eval_only=maybe": ["trainer.eval_only=maybe", "true or false"],
+    "optimizer.lr=fast": ["optimizer.lr=fast", "a number"],
+    "optimizer.betas=3": ["optimizer.betas=3", "a list"],
+    "engine.val_mode=concta": ["engine.val_mode=concta", "did you mean concat?", "separate"],
+    "layers.families=[attnn]": ["=attnn", "did you mean attn?", "norm"],
+    "~trainer.max_steps": ["trainer.max_steps", "cannot be deleted"],
+    "model=3": ["model=3", "--help"],
+    "seed=0,1": ["seed=0,1", "add -m"],
+    "a b=": ["'a b='", "key=value"],
+    "data=text": ["data.path", "data.path=VALUE"],
+    "engine.bitwise=true": ["engine.bitwise=true", "engine.val_mode=separate"],
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_mistakes_get_one_line_and_leave_nothing(
+    argument: str, line: Line, trained: list[DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert line(argument) == cli.MISTAKE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    for part in MISTAKES[argument]:
+        assert part in printed.err
+    assert not trained
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_writes_its_log_in_its_directory(line: Line, trained: list[DictConfig], tmp_path: Path) -> None:
+    assert line("debug=smoke") == 0
+    (folder,) = tmp_path.glob("outputs/*/*")
+    assert (folder / "run.log").exists()
+    assert trained[0].output_dir == str(folder)
+    assert Path.cwd() == tmp_path
+
+
+def test_a_mistake_in_the_data_is_one_logged_sentence(
+    line: Line, trained: list[DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert line("seed=1") == cli.MISTAKE
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.endswith("data.path=x is empty: type data.path=PATH\n")
+    (log,) = tmp_path.glob("outputs/*/*/run.log")
+    assert "data.path=x is empty" in log.read_text()
+
+
+def test_a_failed_run_logs_its_traceback(line: Line, trained: list[DictConfig], tmp_path: Path) -> None:
+    assert line("seed=2") == cli.FAILED
+    (log,) = tmp_path.glob("outputs/*/*/run.log")
+    assert "Traceback" in log.read_text()
+    assert "ValueError: surprise" in log.read_text()
+
+
+def test_an_interrupt_is_one_line(
+    line: Line, trained: list[DictConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert line("seed=3") == cli.INTERRUPTED
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "Interrupted" in err
+
+
+def test_a_sweep_goes_on_after_a_failed_job(line: Line, trained: list[DictConfig]) -> None:
+    assert line("-m", "seed=1,2,0") == cli.MISTAKE
+    assert [cfg.seed for cfg in trained] == [1, 2, 0]
+    logs = [(Path(cfg.output_dir) / "run.log").read_text() for cfg in trained]
+    assert "data.path=x is empty" in logs[0]
+    assert "ValueError: surprise" in logs[1]
+    assert logs[2] == ""
+
+
+def test_a_sweep_checks_each_job(line: Line, trained: list[DictConfig]) -> None:
+    assert line("-m", "data.seq_len=64,4096") == cli.MISTAKE
+    assert [cfg.data.seq_len for cfg in trained] == [64]
+
+
+def test_a_sweep_names_an_unknown_choice(
+    line: Line, trained: list[DictConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert line("-m", "model=gpt2,gpt3") == cli.MISTAKE
+    assert "model=gpt3 is not a choice: did you mean gpt2?" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- experiments from files
+
+JSON = '{"defaults": [{"override /model": "gpt2-tiny"}], "trainer": {"max_steps": 5}}'
+YAML = "# @package _global_\ndefaults:\n  - override /model: gpt2-tiny\ntrainer:\n  max_steps: 5\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "typed"),
+    [
+        ("mine.json", JSON, "mine/mine.json"),
+        ("planted.yml", YAML, "./mine/../mine/planted.yml"),
+        ("mine.yaml", YAML, "{here}/mine/mine.yaml"),
+    ],
+)
+def test_an_experiment_file_is_composed(
+    name: str, text: str, typed: str, line: Line, trained: list[DictConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text(text)
+    assert line(f"experiment={typed.format(here=tmp_path)}", "trainer.batch_size=2") == 0
+    (cfg,) = trained
+    assert (cfg.model.name, cfg.trainer.max_steps, cfg.trainer.batch_size) == ("gpt2-tiny", 5, 2)
+
+
+def test_a_sweep_over_experiment_files(line: Line, trained: list[DictConfig], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"seed": 7}')
+    (tmp_path / "b.yaml").write_text("seed: 8\n")
+    assert line("-m", "experiment=a.json,b.yaml") == 0
+    assert [cfg.seed for cfg in trained] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"trainer": {"max_step": 3}}', ["experiment/bad.json", "did you mean trainer.max_steps?"]),
+        (
+            '{"trainer": {"max_steps": "abc"}}',
+            ["experiment/bad.json", "trainer.max_steps=abc", "whole number"],
+        ),
+        ('{"defaults": [{"override /model": "gpt3"}]}', ["model=gpt3", "did you mean gpt2?"]),
+        ('{\n"seed": ', ["bad.json", "not JSON at line 2"]),
+        ("[1]", ["bad.json", "must hold a mapping"]),
+    ],
+)
+def test_a_bad_experiment_file_gets_one_line(
+    text: str, parts: list[str], line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    assert line("experiment=bad.json") == cli.MISTAKE
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_shipped_json_and_yaml_say_the_same(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line("--cfg", "job", "experiment=planted") == 0
+    from_yaml = capsys.readouterr().out
+    assert line("--cfg", "job", "experiment=planted.json") == 0
+    assert capsys.readouterr().out == from_yaml
+    assert line("--cfg", "job", f"experiment={ROOT / 'conf/experiment/planted.json'}") == 0
+    assert capsys.readouterr().out == from_yaml
+
+
+# ---------------------------------------------------------------- help, completion, imports
+
+
+def test_help_lists_groups_and_keys_with_values(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line("--help", "model=mlp", "data=digits") == 0
+    out = capsys.readouterr().out
+    assert "model: cnn, gpt2, gpt2-large" in out
+    assert "schema_" not in out
+    assert "model.hidden=[256,256]" in out
+    assert "(concat | separate)" in out
+    (steps,) = [row for row in out.splitlines() if row.startswith("  trainer.max_steps=24 ")]
+    assert steps.endswith("optimizer steps of the run")
+
+
+def test_cfg_job_resolves(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line("--cfg", "job", "--resolve") == 0
+    assert "output_dir: null" in capsys.readouterr().out
+
+
+def test_completion_offers_choices(
+    line: Line, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "python run.py engine=")
+    assert line("-sc", "query=bash") == 0
+    assert capsys.readouterr().out.split() == ["engine=graddotprod", "engine=regular"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["engine.bitwise=true"]])
+def test_nothing_heavy_is_imported_and_any_directory_will_do(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "run.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if arguments[0].startswith("--") else cli.MISTAKE)
+    modules = {
+        row.rpartition("|")[2].strip() for row in done.stderr.splitlines() if row.startswith("import time")
+    }
+    assert "runners.cli" in modules
+    assert not {name.partition(".")[0] for name in modules} & HEAVY
+
+
+# ---------------------------------------------------------------- dry run
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def test_dry_run_shows_parameters_memory_and_directory(
+    line: Line, trained: list[DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "300")
+    assert line("dry_run=true", f"hydra.run.dir={tmp_path}/o") == 0
+    out = capsys.readouterr().out
+    assert "124,439,808 parameters in float32" in out
+    assert "24,576" in out  # tokens: 24 steps × 8 samples × 128
+    assert f"{tmp_path}/o" in out
+    assert not trained
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_activation_estimate_matches_what_autograd_keeps(attention: str) -> None:
+    from runners.models import build_model
+
+    from runners.dryrun import build_on_meta, estimate_memory
+
+    cfg = composed(
+        "model=gpt2-tiny", "engine=regular", "data.seq_len=64", "trainer.batch_size=2",
+        f"model.config.attn_implementation={attention}",
+    )  # fmt: skip
+    model = build_model(cfg.model, vocab_size=50257, input_shape=None, num_classes=None).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    estimate = estimate_memory(cfg, build_on_meta(cfg))
+    assert loss.requires_grad
+    # Of the three copies of the logits, autograd keeps one: the log-probabilities.
+    assert sum(kept.values()) == pytest.approx(estimate.activations + estimate.logits / 3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [(["optimizer=adamw"], 2), (["optimizer=sgd"], 0), (["optimizer=sgd", "optimizer.momentum=0.9"], 1)],
+)
+def test_memory_of_weights_and_optimizer(overrides: list[str], copies: int) -> None:
+    from runners.dryrun import build_on_meta, estimate_memory
+
+    cfg = composed("model=mlp", "data=digits", "engine.val_mode=separate", *overrides)
+    parameters = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+    estimate = estimate_memory(cfg, build_on_meta(cfg))
+    assert estimate.weights == estimate.gradients == estimate.scoring == 4 * parameters
+    assert estimate.optimizer == copies * 4 * parameters

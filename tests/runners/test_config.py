@@ -1,0 +1,189 @@
+"""Every YAML in `conf/` composes and passes the checks; impossible combinations are refused in a sentence."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from runners.config import GROUPS, SCHEMAS
+from runners.errors import ConfigError
+from runners.validate import check
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+# What a choice needs beside it to be a whole run.
+COMPANIONS = {
+    "model=mlp": ["data=digits"],
+    "model=cnn": ["data=digits", "data.as_image=true"],
+    "data=digits": ["model=mlp"],
+    "data=text": ["data.path=corpus.txt"],
+    "data=tokens": ["data.path=tokens"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_context() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> DictConfig:
+    return compose("config", overrides=list(overrides))
+
+
+@cache
+def _base(choices: tuple[str, ...]) -> DictConfig:
+    return composed(*choices)
+
+
+def varied(overrides: str) -> DictConfig:
+    """`composed`, for values over a composition made once: composing takes most of these tests' time."""
+    words = overrides.split()
+    chosen = tuple(word for word in words if word.partition("=")[0] in GROUPS)
+    values = [word for word in words if word not in chosen]
+    merged = OmegaConf.merge(_base(chosen), OmegaConf.from_dotlist(values))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def choices() -> list[str]:
+    return sorted(f"{group}={file.stem}" for group in GROUPS for file in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_every_choice_composes_and_passes(choice: str) -> None:
+    cfg = composed(choice, *COMPANIONS.get(choice, []))
+    check(cfg)
+    group, name = choice.split("=")
+    if group in ("model", "data", "engine", "optimizer"):
+        kind = cfg[group].get("kind") or cfg[group].name
+        assert kind == name.partition("-")[0]
+
+
+def test_every_group_has_a_folder_and_every_folder_is_a_group() -> None:
+    assert sorted(
+        folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "local"
+    ) == sorted(GROUPS)
+
+
+def test_defaults_are_the_main_job() -> None:
+    cfg = composed()
+    assert (cfg.model.kind, cfg.data.kind, cfg.engine.name) == ("gpt2", "interpreter", "graddotprod")
+    assert cfg.trainer.max_steps == 24
+    assert cfg.model.config.n_embd == 768
+
+
+def test_experiments_set_what_they_say() -> None:
+    planted = composed("experiment=planted")
+    assert planted.data.shuffled_domain == "docs"
+    assert planted.model.name == "gpt2-mini"
+    digits = composed("experiment=digits", "debug=short")
+    assert (digits.model.kind, digits.optimizer.name, digits.trainer.max_steps) == ("mlp", "sgd", 3)
+
+
+def test_command_line_beats_experiment() -> None:
+    cfg = composed("experiment=planted", "model=gpt2-tiny", "trainer.max_steps=5")
+    assert cfg.model.name == "gpt2-tiny"
+    assert cfg.trainer.max_steps == 5
+
+
+def test_words_equal_their_strings() -> None:
+    cfg = composed("dtype=bf16_mixed")
+    assert cfg.dtype.autocast == "bfloat16"
+    assert f"{cfg.engine.val_mode}" == "concat"
+    assert OmegaConf.to_yaml(cfg.dtype).splitlines()[1] == "autocast: bfloat16"
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_key_is_documented(schema: type) -> None:
+    for item in fields(schema):
+        inner = is_dataclass(item.type)
+        assert (
+            inner
+            or item.metadata.get("fixed")
+            or item.metadata.get("meaning")
+            or item.name in ("kind", "name")
+        )
+
+
+REFUSED = {
+    "data=text": ["data.path has no value", "data.path=VALUE"],
+    "data=text data.path=''": ["data.path= names nothing"],
+    "seed=${nowhere}": ["seed: Interpolation key 'nowhere' not found"],
+    "model.kind=mlp": ["model.kind=mlp", "type model=mlp"],
+    "engine.name=regular": ["engine.name=regular", "type engine=regular"],
+    "data=digits": ["model=gpt2 cannot read data=digits", "model=mlp"],
+    "model=mlp": ["model=mlp cannot read data=interpreter", "model=gpt2"],
+    "model=cnn data=digits": ["data.as_image=false", "type data.as_image=true"],
+    "model=mlp data=digits data.as_image=true": ["data.as_image=true", "model=cnn"],
+    "model=mlp data=digits data.label_noise=1.0": ["data.label_noise=1.0", "less than 1"],
+    "model=mlp data=digits model.hidden=[]": ["model.hidden=[]", "[32,64]"],
+    "data.seq_len=2048": ["data.seq_len=2048", "model.config.n_positions=1024"],
+    "data.domains=[]": ["data.domains=[]", "code, docs, legal"],
+    "data.shuffled_domain=docs data.domains=[code]": ["data.shuffled_domain=docs", "data.domains=[code]"],
+    "model.config.n_embd=100": ["model.config.n_embd=100", "model.config.n_head=12"],
+    "model.config.attn_pdrop=1.5": ["model.config.attn_pdrop=1.5"],
+    "engine.bitwise=true": ["engine.bitwise=true", "engine.val_mode=separate"],
+    "engine.val_every=2": ["engine.val_every=2", "engine.val_mode=separate"],
+    "engine.val_mode=separate engine.bitwise=true engine.algebra=fused": ["engine.algebra=fused", "=auto"],
+    "engine.val_mode=separate engine.algebra=token_token": ["engine.algebra=token_token", "=concat"],
+    "engine.val_batch_size=33": ["engine.val_batch_size=33", "data.val_samples=32"],
+    "engine=regular layers=attn": ["layers.families=[attn]", "layers=all"],
+    "engine=regular preview=true": ["preview=true", "preview=false"],
+    "layers.include=[]": ["layers.include=[]"],
+    "layers.exclude=['']": ["layers.exclude=[]", "empty pattern"],
+    "dtype=fp64 dtype.autocast=bfloat16": ["dtype.model=float64", "dtype.autocast=null"],
+    "dtype.autocast=float64": ["dtype.autocast=float64", "dtype.autocast=bfloat16"],
+    "dtype.score=bfloat16": ["dtype.score=bfloat16", "dtype.score=float32"],
+    "optimizer.lr=0": ["optimizer.lr=0.0", "greater than 0"],
+    "optimizer.lr=nan": ["optimizer.lr=nan"],
+    "optimizer.betas=[0.9]": ["optimizer.betas=[0.9]", "[0.9,0.999]"],
+    "optimizer.weight_decay=-1": ["optimizer.weight_decay=-1.0"],
+    "optimizer=sgd optimizer.nesterov=true": ["optimizer.nesterov=true", "optimizer.momentum=0.9"],
+    "trainer.clip_grad_norm=0": ["trainer.clip_grad_norm=0.0"],
+    "trainer.batch_size=0": ["trainer.batch_size=0", "trainer.batch_size=1"],
+    "trainer.batch_size=513": ["trainer.batch_size=513", "data.train_samples=512"],
+    "trainer.warmup_steps=25": ["trainer.warmup_steps=25", "trainer.max_steps=24"],
+    "trainer.eval_only=true layers=attn": ["layers.families=[attn]", "trainer.eval_only=true"],
+    "trainer.eval_only=true trainer.clip_grad_norm=1": ["trainer.clip_grad_norm=1.0", "=null"],
+    "hardware.threads=0": ["hardware.threads=0", "hardware.threads=1"],
+    "tracking=none tracking.uri=http://host": ["tracking.uri=http://host", "tracking=mlflow"],
+    "tracking=none tracking.run_name=a": ["tracking.run_name=a", "tracking=mlflow"],
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_impossible_combinations_are_refused(overrides: str) -> None:
+    cfg = varied(overrides)
+    with pytest.raises(ConfigError) as caught:
+        check(cfg)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    for part in REFUSED[overrides]:
+        assert part in sentence
+
+
+def test_an_added_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.max_step: .* did you mean trainer\.max_steps\?"):
+        check(composed("+trainer.max_step=3"))
+
+
+ALLOWED = [
+    "trainer.eval_only=true",
+    "trainer.eval_only=true engine=regular",
+    "engine.val_mode=separate engine.val_every=4 engine.bitwise=true",
+    "trainer.lr_schedule=constant trainer.warmup_steps=4",
+    "optimizer=sgd optimizer.momentum=0.9 optimizer.nesterov=true",
+    "model.path=somewhere data.seq_len=2048",
+    "data=text data.path=x trainer.batch_size=513",
+    "engine.val_batch_size=32",
+]
+
+
+@pytest.mark.parametrize("overrides", ALLOWED)
+def test_possible_combinations_pass(overrides: str) -> None:
+    check(varied(overrides))

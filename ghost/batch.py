@@ -24,8 +24,10 @@ def row_count(inputs: Inputs, what: str) -> int:
     Raises:
         BatchError: There is no tensor, there are no rows, or tensors disagree.
     """
+    if not isinstance(inputs, Tensor | Mapping):
+        raise BatchError(f"{what} is a {type(inputs).__name__}: give a tensor or a dict of tensors.")
     tensors = {"": inputs} if isinstance(inputs, Tensor) else inputs
-    sizes = {key: t.shape[0] for key, t in tensors.items() if isinstance(t, Tensor) and t.dim() > 0}
+    sizes = {key: t.shape[0] for key, t in tensors.items() if _has_rows(t)}
     if not sizes:
         raise BatchError(f"{what} holds no tensor with a row per sample.")
     if len(set(sizes.values())) > 1:
@@ -34,6 +36,36 @@ def row_count(inputs: Inputs, what: str) -> int:
     if rows == 0:
         raise BatchError(f"{what} is empty: a batch needs at least one row.")
     return rows
+
+
+def check_labels(labels: Any, rows: int, what: str) -> None:
+    """Raise `BatchError` unless there is one label row for each of the batch's rows."""
+    if not isinstance(labels, Tensor) or labels.dim() == 0:
+        raise BatchError(
+            f"the labels of {what} should be a tensor with a row per sample, not {labels!r:.60}."
+        )
+    if labels.shape[0] != rows:
+        raise BatchError(f"{what} has {rows} input rows but {labels.shape[0]} label rows: give one each.")
+
+
+def sample_indices(batch_idx: Any, rows: int) -> Tensor:
+    """Running indices of a batch's rows as `[rows]` int64 on the CPU.
+
+    Raises:
+        BatchError: They are no integers, or not one a row.
+    """
+    try:
+        given = torch.as_tensor(batch_idx)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BatchError(f"batch_idx={batch_idx!r:.60} should be integers, one per row.") from error
+    if given.is_floating_point() or given.is_complex() or given.dtype is torch.bool:
+        raise BatchError(f"batch_idx holds {given.dtype}: its entries should be integers, one per row.")
+    if given.shape != (rows,):
+        raise BatchError(
+            f"batch_idx has shape {tuple(given.shape)}, but the training batch has {rows} rows: give one "
+            "index each."
+        )
+    return given.to("cpu", torch.int64)
 
 
 def token_count(inputs: Inputs) -> int | None:
@@ -46,7 +78,7 @@ def take_rows(inputs: Inputs, rows: Tensor | slice) -> Inputs:
     """The given rows of every tensor; what is no tensor passes through."""
     if isinstance(inputs, Tensor):
         return inputs[rows]
-    return {k: t[rows] if isinstance(t, Tensor) and t.dim() > 0 else t for k, t in inputs.items()}
+    return {k: t[rows] if _has_rows(t) else t for k, t in inputs.items()}
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
@@ -85,7 +117,11 @@ def join_inputs(train: Inputs, val: Inputs, right_padding_is_safe: bool) -> Inpu
     joined = {}
     for key, value in train.items():
         other = val[key]
-        if not (isinstance(value, Tensor) and isinstance(other, Tensor) and value.dim() > 0):
+        if _has_rows(value) != _has_rows(other):
+            raise BatchError(
+                f"{key!r} has a row per sample on one side only: give it alike for training and validation."
+            )
+        if not _has_rows(value):
             joined[key] = value
         elif value.shape[1:] != other.shape[1:] and not hidden:
             raise BatchError(_length_message(key, value, other))
@@ -102,11 +138,15 @@ def join_labels(train: Tensor, val: Tensor) -> Tensor:
 def _with_masks(train: Mapping[str, Any], val: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """An attention mask for the side that has none while the other has: all its positions are real."""
     sides = dict(train), dict(val)
-    if any("attention_mask" in side for side in sides):
-        for side in sides:
-            if "attention_mask" not in side and "input_ids" in side:
-                side["attention_mask"] = torch.ones_like(side["input_ids"])
+    mask = next((side["attention_mask"] for side in sides if "attention_mask" in side), None)
+    for side in sides:
+        if isinstance(mask, Tensor) and "attention_mask" not in side and "input_ids" in side:
+            side["attention_mask"] = torch.ones_like(side["input_ids"], dtype=mask.dtype)
     return sides
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _join(key: str, train: Tensor, val: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class GhostConfig:
     save_interval: int = 100
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.bitwise and self.val_mode is not ValMode.SEPARATE:
             raise GhostConfigError(
                 "bitwise=True needs val_mode='separate': a joint batch changes the rounding of training."
@@ -95,10 +96,18 @@ class GhostConfig:
             raise GhostConfigError(
                 f"score_dtype={self.score_dtype} should be float32 or float64: sums need the digits."
             )
+
+    def _check_types(self) -> None:
         for name in ("val_batch_size", "val_every", "gradient_accumulation_steps", "save_interval"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise GhostConfigError(f"{name}={value} should be at least 1.")
+            if value is not None and (type(value) is not int or value < 1):
+                raise GhostConfigError(f"{name}={value!r} should be a whole number of at least 1.")
+        if not isinstance(self.bitwise, bool):
+            raise GhostConfigError(f"bitwise={self.bitwise!r} should be true or false.")
+        if not isinstance(self.selection, Selection):
+            raise GhostConfigError(f"selection={self.selection!r} should be a ghost.Selection.")
+        if self.storage_dtype is not None and not self.storage_dtype.is_floating_point:
+            raise GhostConfigError(f"storage_dtype={self.storage_dtype} should be a floating-point dtype.")
 
     @classmethod
     def read(cls, config: Any) -> "GhostConfig":
@@ -120,12 +129,13 @@ class GhostConfig:
         for key, value in given.items():
             name = _ALIASES.get(key, key)
             if name in known and value is not None:
-                if name in values and values[name] != value:
+                converted = _convert(name, value)
+                if name in values and values[name] != converted:
                     raise GhostConfigError(
                         f"{key}={value!r} contradicts {name}={values[name]!r}: give one of them."
                     )
-                values[name] = value
-        return cls(**{name: _convert(name, value) for name, value in values.items()})
+                values[name] = converted
+        return cls(**values)
 
 
 def _attributes(config: Any) -> dict[str, Any]:
@@ -148,7 +158,7 @@ def _convert(name: str, value: Any) -> Any:
     if name == "engine":
         return str(value).lower().replace("_", "")
     if name.endswith("_dtype") and not isinstance(value, torch.dtype):
-        if value not in _DTYPES:
+        if str(value) not in _DTYPES:
             raise GhostConfigError(f"{name}={value!r} should be one of {', '.join(_DTYPES)}.")
-        return _DTYPES[value]
+        return _DTYPES[str(value)]
     return value

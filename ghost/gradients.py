@@ -94,10 +94,12 @@ class Materialised(SampleGradients):
         return self.values.sum(0)
 
     def dot(self, target: Tensor) -> Tensor:
-        return self.values.flatten(1) @ target.flatten()
+        dtype = algebra.accumulation_dtype(self.values.dtype)
+        return self.values.flatten(1).to(dtype) @ target.flatten().to(dtype)
 
     def pairwise(self, other: Self) -> Tensor:
-        return self.values.flatten(1) @ other.values.flatten(1).T
+        dtype = algebra.accumulation_dtype(self.values.dtype)
+        return self.values.flatten(1).to(dtype) @ other.values.flatten(1).to(dtype).T
 
 
 class OuterProducts(SampleGradients):
@@ -130,7 +132,7 @@ class OuterProducts(SampleGradients):
         return (self.left.flatten(0, 1).T @ self.right.flatten(0, 1)).view(self.shape)
 
     def dot(self, target: Tensor) -> Tensor:
-        target = target.flatten(1)
+        target = target.flatten(1).to(self.left.dtype)
         m, n = target.shape
         if m >= n:  # contract over the longer side, so that the intermediate is the shorter one
             return algebra.row_dots(self.left @ target, self.right)

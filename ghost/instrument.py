@@ -1,7 +1,7 @@
 """Find a model's layers, and swap their forwards for tapped ones while an engine is attached."""
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,6 +162,7 @@ class Instrument:
         self._tables = {tie.table.name: tie for tie in ties}
         self._heads = {tie.head.name: tie for tie in ties}
         self._swap = ForwardSwap()
+        self._uses_checked = False
 
     def attach(self) -> None:
         """Swap the forwards."""
@@ -198,7 +199,12 @@ class Instrument:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not state.active or not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            (x,) = (*args, *kwargs.values())
+            inputs = (*args, *kwargs.values())
+            if len(inputs) != 1:
+                raise UnsupportedModelError(
+                    f"layer {layer.name!r} was called with {len(inputs)} inputs: a layer rule handles one."
+                )
+            (x,) = inputs
             self._check_first_use(layer)
             return run(original, x)
 
@@ -209,11 +215,23 @@ class Instrument:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             outputs = original(*args, **kwargs)
-            if not state.active or state.output_scale is None or not torch.is_grad_enabled():
+            if not state.active or not torch.is_grad_enabled():
                 return outputs
-            return scale_gradients(outputs, state.output_scale)
+            self._check_parameter_uses(outputs)
+            return outputs if state.output_scale is None else scale_gradients(outputs, state.output_scale)
 
         return forward
+
+    def _check_parameter_uses(self, outputs: Any) -> None:
+        """Refuse, once, a model that reads a tapped layer's parameter without calling the layer."""
+        if torch.compiler.is_compiling() or self._uses_checked or not self.detach_params:
+            return
+        uses = [(id(p), tap.layer.qualified(key)) for tap in self.taps for key, p in tap.layer.params.items()]
+        tapped = Counter(key for key, _ in uses)
+        owners = Counter(id(p) for m in self.model.modules() for p in m.parameters(recurse=False))
+        # A layer that is not selected may share its parameter with one that is, and uses it as it always did.
+        refuse_stray_uses(outputs, {key: name for key, name in uses if owners[key] == tapped[key]})
+        self._uses_checked = True
 
     def _check_first_use(self, layer: Layer) -> None:
         """With the validation gradient known beforehand scores add up over a layer's uses; without, cross
@@ -236,8 +254,8 @@ class Instrument:
         state = self.state
         if x.dim() == 1 and x.shape[0] == state.rows == state.tokens:
             raise BatchError(
-                f"layer {layer.name!r} got a vector of {x.shape[0]} entries, one per row or one per position: "
-                "the batch has as many rows as positions, so change its size by one."
+                f"layer {layer.name!r} got a vector of {x.shape[0]} entries, one per row or one per "
+                "position: the batch has as many rows as positions, so change its size by one."
             )
         x = layer.rule.rows_first(x, state.rows)
         if x.shape[0] != state.rows:
@@ -330,7 +348,16 @@ class _ScaleGradient(torch.autograd.Function):
 def scale_gradients(outputs: Any, factor: Tensor) -> Any:
     """The model's outputs (a tensor, mapping, sequence or nesting of them), each with its gradient multiplied
     by `factor`.
+
+    Raises:
+        UnsupportedModelError: There is no tensor to be found in them.
     """
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        raise UnsupportedModelError(
+            f"the model's output is a {type(outputs).__name__} in which no tensor with a gradient is found: "
+            "return a tensor, tuple or dict, or use manager.step, which weighs the loss itself."
+        )
 
     def scale(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -340,11 +367,44 @@ def scale_gradients(outputs: Any, factor: Tensor) -> Any:
     return torch.utils._pytree.tree_map(scale, outputs)
 
 
+_OWN_NODES = ("TapFunction", "TiedTableFunction", "TiedHeadFunction", "CompiledFunction")
+"""Graph nodes that may hold a tapped parameter: the taps', and those of compiled parts, which have taps
+inside.
+"""
+
+
+def refuse_stray_uses(outputs: Any, names: Mapping[int, str]) -> None:
+    """Raise `UnsupportedModelError` where the graph of `outputs` uses a parameter other than through its tap.
+
+    Args:
+        names: Qualified names of the tapped parameters by `id`.
+    """
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    pending = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        for source, _ in node.next_functions:
+            if source is None or (source in seen and not hasattr(source, "variable")):
+                continue
+            name = names.get(id(getattr(source, "variable", None)))
+            if name is not None and not node.name().startswith(_OWN_NODES):
+                raise UnsupportedModelError(
+                    f"the parameter {name!r} is used outside its layer (by {node.name()}), where neither its "
+                    "scores nor the validation rows' part of its gradient are known: call the layer itself."
+                )
+            seen.add(source)
+            pending.append(source)
+
+
 def refuse_mixing_layers(model: nn.Module) -> None:
     """Raise `UnsupportedModelError`, naming the layer, where a layer mixes the samples of a batch."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if module.training or module.running_mean is None:
             raise UnsupportedModelError(
-                f"layer {name!r} is a {type(module).__name__} in training mode, so a sample's gradient "
-                "depends on the rest of its batch: put it in eval mode (layer.eval())."
+                f"layer {name!r} is a {type(module).__name__} that takes its statistics from the batch, so a "
+                "sample's gradient depends on the other samples: give it running statistics and put it in "
+                "eval mode (layer.eval())."
             )

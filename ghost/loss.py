@@ -7,7 +7,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from ghost.errors import GhostConfigError
+from ghost.errors import BatchError, GhostConfigError
 
 
 class LossReduction(Enum):
@@ -64,6 +64,11 @@ def infer_reduction(model: nn.Module) -> LossReduction:
 def count(labels: Tensor, reduction: LossReduction) -> Tensor:
     """What a loss over `labels` is a mean of, as a 0-dim int64 tensor on the labels' device; 1 for a sum."""
     if reduction is LossReduction.CAUSAL_TOKEN_MEAN:
+        if labels.dim() < 2:
+            raise BatchError(
+                f"labels of shape {tuple(labels.shape)} have no positions to shift: "
+                "loss_reduction='causal_token_mean' needs [rows, T]."
+            )
         return (labels[:, 1:] != IGNORED_LABEL).sum()
     if reduction is LossReduction.TOKEN_MEAN:
         return (labels != IGNORED_LABEL).sum()

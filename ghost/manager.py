@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghost.batch import Inputs, row_count
+from ghost.batch import Inputs, row_count, sample_indices
 from ghost.config import GhostConfig
 from ghost.engines import Engine, LayerScores, LossFn, engine_class
-from ghost.errors import BatchError, ProtocolError
+from ghost.errors import ProtocolError
 from ghost.scores import ScoreLog
 from ghost.update import SKIPPED, Update, UpdateObserver
 
@@ -45,15 +45,17 @@ class ScoredStep:
         X, Y: What goes through the model: inputs and labels, with the validation rows where they join the
             batch.
         inputs: Both as keyword arguments of a Hugging Face model.
+        done: Whether `backward` has run.
     """
 
     def __init__(self, manager: "GhostEngineManager", X: Inputs, Y: Tensor) -> None:
-        self._manager, self.X, self.Y = manager, X, Y
+        self._manager, self.X, self.Y, self.done = manager, X, Y, False
         self.inputs: dict[str, Any] = {**({"input_ids": X} if isinstance(X, Tensor) else X), "labels": Y}
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate `loss`, the model's own loss over `inputs`, weighed and scaled as it must be."""
         self._manager.backward(loss)
+        self.done = True
 
     @property
     def scores(self) -> Tensor:
@@ -128,16 +130,10 @@ class GhostEngineManager:
                 f"step {self._step.iteration} is still open at iteration {iteration}: call "
                 "prepare_gradients() after its last backward."
             )
-        self._step = self._step or _Step(iteration)
-        sample = torch.as_tensor(batch_idx, dtype=torch.int64).cpu()
-        rows = row_count(X, "the training batch")
-        if sample.shape != (rows,):
-            raise BatchError(
-                f"batch_idx has shape {tuple(sample.shape)}, but the training batch has {rows} rows: give "
-                "one index each."
-            )
+        sample = sample_indices(batch_idx, row_count(X, "the training batch"))
         self._share = 1.0 / self.config.gradient_accumulation_steps if share is None else share
         self.engine.begin(X, Y, iteration, self._share)
+        self._step = self._step or _Step(iteration)
         self._step.samples.append(sample)
         self._micro_batch_open = True
 
@@ -172,15 +168,19 @@ class GhostEngineManager:
             X, Y, batch_idx, iteration, share: As for `attach_train_batch`.
             last: Whether this is the step's last micro-batch.
         """
-        self.attach_train_batch(X, Y, iteration, batch_idx, share)
         try:
-            yield ScoredStep(self, *self.engine.forward_inputs(X, Y))
+            self.attach_train_batch(X, Y, iteration, batch_idx, share)
+            scored = ScoredStep(self, *self.engine.forward_inputs(X, Y))
+            yield scored
+            if not scored.done:
+                raise ProtocolError(
+                    "the step ended without step.backward(loss): loss.backward() alone would leave the "
+                    "validation rows' weight in the gradient."
+                )
+            self._close_micro_batch()
         except BaseException:
-            self.engine.abandon()
-            self._micro_batch_open = False
-            self._step = None
+            self._abandon_step()
             raise
-        self._close_micro_batch()
         if last:
             self.prepare_gradients()
 
@@ -280,7 +280,9 @@ class GhostEngineManager:
     # -------------------
 
     def detach_for_evaluation(self) -> None:
-        """Leave the model as it was before the manager came."""
+        """Leave the model as it was before the manager came; a micro-batch in progress is dropped."""
+        if self._micro_batch_open:
+            self._abandon_step()
         self.engine.detach()
         self.is_active = False
 
@@ -295,7 +297,7 @@ class GhostEngineManager:
             return
         self._closed = True
         if self._complete:
-            self._finish_step()
+            self._write_rows()
         if self._log is not None:
             self._log.flush()
         self._observer.close()
@@ -310,8 +312,16 @@ class GhostEngineManager:
 
     def _close_micro_batch(self) -> None:
         assert self._step is not None
-        self._step.scores.append(self.engine.collect())
+        step, self._step, self._micro_batch_open = self._step, None, False
+        step.scores.append(self.engine.collect())  # where this fails, the step is dropped
+        self._step = step
+
+    def _abandon_step(self) -> None:
+        """Forget the step in progress; one that is complete stays, to be logged."""
+        self.engine.abandon()
         self._micro_batch_open = False
+        if not self._complete:
+            self._step = None
 
     def _need_open_micro_batch(self, call: str) -> None:
         if not self._micro_batch_open:

@@ -53,7 +53,7 @@ class ScoreLog:
             lr: 0-dim or `[R]`.
             clip: 0-dim.
         """
-        if self._rows and self._rows[-1]["score"].dim() != score.dim():
+        if self._rows and self._rows[-1]["score"].shape[1:] != score.shape[1:]:
             self.flush()  # a shard's rows have one width
         self._rows.append(
             {

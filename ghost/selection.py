@@ -42,6 +42,11 @@ class Selection:
     families: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for key in ("include", "exclude", "families"):
+            if isinstance(getattr(self, key), str):
+                raise GhostConfigError(
+                    f"layers.{key}={getattr(self, key)!r} should be a list of strings, not one string."
+                )
         unknown = set(self.families) - set(FAMILIES)
         if unknown:
             raise GhostConfigError(

@@ -28,6 +28,11 @@ from ghost.layers import Layer
 Grads = list[Tensor | None]
 
 
+def in_dtype_of(grad: Tensor, x: Tensor) -> Tensor:
+    """The input as the layer computed with it: autocast runs a layer in another dtype than its input's."""
+    return x.to(grad.dtype) if x.is_floating_point() else x
+
+
 @dataclass(frozen=True)
 class Tap(ABC):
     """What a layer's tap computes. Its tensors are, in this order: parameters, probes, targets."""
@@ -38,7 +43,7 @@ class Tap(ABC):
 
     def sample_gradients(self, x: Tensor, grad: Tensor) -> list[SampleGradients]:
         """Per-sample gradients of the layer's trainable parameters, in their order."""
-        found = self.layer.rule.gradients(self.layer.module, x, grad)
+        found = self.layer.rule.gradients(self.layer.module, in_dtype_of(grad, x), grad)
         return [found[name] for name in self.layer.params]
 
     @abstractmethod
@@ -179,7 +184,7 @@ class TiedHeadFunction(Function):
         (grad,) = grads
         x, ids = ctx.saved_tensors
         train_ids, val_ids = ids[: ctx.train_rows].flatten(), ids[ctx.train_rows :].flatten()  # [b*T], [S]
-        train, val = OuterProducts(grad, x).split(ctx.train_rows)
+        train, val = OuterProducts(grad, in_dtype_of(grad, x)).split(ctx.train_rows)
         total, dots = train.sum_and_score(val, ctx.how)
         columns = train.left.index_select(2, val_ids)
         val_columns = val.left.flatten(0, 1).index_select(1, train_ids)

@@ -5,13 +5,14 @@ and each layer finds the validation gradient in its own backward. `SeparateValid
 the validation rows comes first, and hands every layer its part of the gradient as a target.
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from ghost.algebra import accumulation_dtype
-from ghost.batch import Inputs, join_inputs, join_labels, row_count, take_rows, to_device
+from ghost.batch import Inputs, check_labels, join_inputs, join_labels, row_count, take_rows, to_device
 from ghost.config import GhostConfig
 from ghost.engines.base import LossFn
 from ghost.errors import GhostConfigError
@@ -35,13 +36,12 @@ class ValidationRows:
             raise GhostConfigError(
                 "val_data is missing: give (X_val, Y_val), the rows whose loss the scores are about."
             )
+        if not isinstance(val_data, tuple | list) or len(val_data) != 2:
+            raise GhostConfigError(f"val_data should be (X_val, Y_val), not {val_data!r:.60}.")
         X, Y = val_data
+        self.rows = row_count(X, "val_data")
+        check_labels(Y, self.rows, "val_data")
         self.X, self.Y = to_device(X, device), Y.to(device)
-        self.rows = row_count(self.X, "val_data")
-        if self.Y.shape[0] != self.rows:
-            raise GhostConfigError(
-                f"val_data has {self.rows} input rows but {self.Y.shape[0]} labels: give one label row each."
-            )
 
     def take(self, rows: Tensor | slice) -> tuple[Inputs, Tensor]:
         """The given rows."""
@@ -76,7 +76,7 @@ class Validation(ABC):
 
 
 class JointValidation(Validation):
-    """Each step takes the next `val_batch_size` validation rows in turn into its own pass.
+    """Each step takes the next `val_batch_size` validation rows in turn into its passes.
 
     With `n` the numbers of labels that the model's mean counts, a joint mean loss is `(n_t L_t + n_v L_v) /
     (n_t + n_v)`. Multiplied by
@@ -97,7 +97,7 @@ class JointValidation(Validation):
         self._val = ValidationRows(val_data, parameter.device)
         self._reduction = config.loss_reduction or infer_reduction(model)
         self._batch = min(config.val_batch_size or self._val.rows, self._val.rows)
-        self._cursor = 0
+        self._cursor, self._iteration = 0, -1
         self._refuse_uncounted_rows()
         scored = {layer.name: config.selection.matches(layer) for layer in layers}
         ties = [tie for tie in find_ties(layers) if scored[tie.table.name] or scored[tie.head.name]]
@@ -106,19 +106,23 @@ class JointValidation(Validation):
         self.instrument = Instrument(model, taps, ties, detach_params=True)
 
     def _refuse_uncounted_rows(self) -> None:
-        for lo in range(0, self._val.rows, self._batch):
-            labels = self._val.Y[lo : lo + self._batch]
-            if int(count(labels, self._reduction)) == 0:
+        for first in range(0, self._val.rows, math.gcd(self._batch, self._val.rows)):
+            if int(count(self._val.Y[self._window(first)], self._reduction)) == 0:
                 raise GhostConfigError(
-                    f"val_data rows {lo} to {lo + len(labels) - 1} have no label that the loss counts: "
-                    "their gradient is undefined."
+                    f"val_data has no label that the loss counts in the {self._batch} rows from row {first} "
+                    "on, so their gradient is undefined: remove rows without labels, or raise val_batch_size."
                 )
 
+    def _window(self, first: int) -> Tensor:
+        """A step's validation rows, from row `first` on; the first row follows the last."""
+        return (first + torch.arange(self._batch, device=self._val.Y.device)) % self._val.rows
+
     def begin(self, Y: Tensor, iteration: int) -> int:
-        rows = (self._cursor + torch.arange(self._batch, device=Y.device)) % self._val.rows
-        self._cursor = (self._cursor + self._batch) % self._val.rows
-        self._X, self._Y = self._val.take(rows)
         self._train_count = count(Y, self._reduction).to(self._dtype)
+        if iteration != self._iteration:  # a step's micro-batches meet the same validation rows
+            self._X, self._Y = self._val.take(self._window(self._cursor))
+            self._cursor = (self._cursor + self._batch) % self._val.rows
+            self._iteration = iteration
         self._val_count = count(self._Y, self._reduction).to(self._dtype)
         return self._batch
 
@@ -154,6 +158,7 @@ class SeparateValidation(Validation):
         self._reduction = config.loss_reduction
         if self._batch < self._val.rows and self._reduction is None:
             self._reduction = infer_reduction(model)  # micro-batches are weighed by what they count
+        self._micro_batches = self._split()
         make = WatchTap if config.bitwise else TargetTap
         taps: list[Tap] = [make(layer, True, config.algebra) for layer in scored]
         self.instrument = Instrument(model, taps, [], detach_params=not config.bitwise)
@@ -170,7 +175,7 @@ class SeparateValidation(Validation):
         """`∇L_val` by qualified parameter name, over all validation rows, in float32 at least."""
         params = {id(p): p for p in self._names.values()}
         total = {key: torch.zeros_like(p, dtype=self._dtype) for key, p in params.items()}
-        for weight, X, Y in self._micro_batches():
+        for weight, X, Y in self._micro_batches:
             with torch.random.fork_rng(enabled=True), torch.enable_grad():
                 loss = self._loss_fn(self._model, X, Y)
                 grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
@@ -179,17 +184,18 @@ class SeparateValidation(Validation):
                     total[key] += grad.to(self._dtype) * weight
         return {name: total[id(p)] for name, p in self._names.items()}
 
-    def _micro_batches(self) -> list[tuple[Tensor | float, Inputs, Tensor]]:
+    def _split(self) -> list[tuple[float, Inputs, Tensor]]:
         """Weight, inputs and labels of each micro-batch; the weights make the losses' sum the loss of all
-        rows.
+        rows. A micro-batch without a counted label has no mean loss and adds nothing.
         """
         parts = [self._val.take(slice(lo, lo + self._batch)) for lo in range(0, self._val.rows, self._batch)]
         if len(parts) == 1 or self._reduction is LossReduction.SUM:
             return [(1.0, X, Y) for X, Y in parts]
         assert self._reduction is not None
-        counts = [count(Y, self._reduction).to(self._dtype) for _, Y in parts]
-        total = torch.stack(counts).sum()
-        return [(n / total, X, Y) for n, (X, Y) in zip(counts, parts, strict=True)]
+        counts = [int(count(Y, self._reduction)) for _, Y in parts]
+        if sum(counts) == 0:
+            raise GhostConfigError("val_data has no label that the loss counts: its gradient is undefined.")
+        return [(n / sum(counts), X, Y) for n, (X, Y) in zip(counts, parts, strict=True) if n]
 
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
         return X, Y

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 def row_values(shard: Mapping[str, Tensor]) -> Tensor:
     """Each row's value `η_t · c_t · score`, `[n]` float64, summed over parameter groups."""
     weighted = shard["score"].double() * shard["lr"].double()
-    return weighted.reshape(weighted.shape[0], -1).sum(1) * shard["clip"].double()
+    summed = weighted.sum(1) if weighted.dim() > 1 else weighted
+    return summed * shard["clip"].double()
 
 
 def read_shards(directory: Path) -> Iterator[dict[str, Tensor]]:

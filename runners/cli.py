@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runners.errors import RunnerError
+from runners.errors import ConfigError, RunnerError
 from runners.experiment_file import register_experiment_files
 from runners.help_text import keys_help
 from runners.hydra_errors import sentence
@@ -50,6 +50,7 @@ class CheckBeforeRun(Callback):
         del tree["hydra"]
         try:
             check(tree)
+            refuse_earlier_run(Path(config.hydra.run.dir), "hydra.run.dir")
         except RunnerError as error:
             _say(str(error))
             # Hydra turns any Exception of a callback into a warning; SystemExit ends the program.
@@ -91,6 +92,7 @@ def task(cfg: DictConfig) -> float | None:
     """
     with Reported(RunnerError):
         check(cfg)
+        refuse_earlier_run(Path(cfg.output_dir), "output_dir")
     from ghost.errors import GhostError
 
     with Reported(RunnerError, GhostError):
@@ -102,6 +104,12 @@ def task(cfg: DictConfig) -> float | None:
         from runners.train import run
 
         return run(cfg)
+
+
+def refuse_earlier_run(directory: Path, key: str) -> None:
+    """Raises `ConfigError` if a run has left its files in the directory: two runs' files would be mixed."""
+    if (directory / "config.yaml").exists():
+        raise ConfigError(f"{key}={directory} holds an earlier run: choose another directory")
 
 
 def main() -> int:

@@ -22,7 +22,6 @@ from runners.choices import (
     Family,
     FloatType,
     InterpreterDomain,
-    LossReduction,
     ModelKind,
     OptimizerName,
     Schedule,
@@ -78,7 +77,9 @@ class GPT2Model(ModelConfig):
     """A GPT-2 from its configuration (random start) or from a folder or hub id (pretrained)."""
 
     kind: ModelKind = fixed(ModelKind.gpt2)
-    path: str | None = key("folder or hub id to load weights and architecture from; null: random start", None)
+    path: str | None = key(
+        "folder or hub id of a GPT-2 of the same shape as config; null: random start", None
+    )
     config: GPT2Architecture = field(default_factory=GPT2Architecture)
 
 
@@ -138,7 +139,7 @@ class TextData(LanguageData):
     kind: DataKind = fixed(DataKind.text)
     path: str = key("file, folder or glob")
     text_field: str = key("field that holds the text (.jsonl, .parquet)")
-    domain_field: str | None = key("field that holds the domain; null: none")
+    domain_field: str | None = key("field that holds the domain; null: the file's name")
     id_field: str | None = key("field that holds a stable id; null: file name and row number")
     domain: str | None = key("one domain for all rows; null: from domain_field, else the file's name", None)
     train_samples: int | None = key("samples to train on; null: all", None)
@@ -186,7 +187,6 @@ class GradDotProdEngine(EngineConfig):
     )
     val_every: int = key("steps between two validation gradients (separate)")
     bitwise: bool = key("keep training bit-identical to engine=regular (separate)")
-    loss_reduction: LossReduction = key("how the model's loss averages; auto: from the model")
     algebra: Algebra = key("how the dots are computed; auto: the cheapest for each layer")
 
 
@@ -269,7 +269,7 @@ class TrainerConfig:
     eval_batch_size: int = key("validation samples a batch in evaluations")
     flush_every: int = key("steps of scores kept in memory before a shard is written")
     compile: bool = key("torch.compile the model")
-    overhead_probes: int = key("plain steps timed to measure the overhead of engine=graddotprod")
+    overhead_probes: int = key("plain passes timed beside scored ones to tell what scoring costs")
 
 
 @dataclass
@@ -279,7 +279,7 @@ class TrackingConfig:
     enabled: bool = key("log to MLflow")
     uri: str | None = key("server or store; null: mlflow.db in the folder the command is typed in", None)
     experiment: str = key("name of the MLflow experiment")
-    run_name: str | None = key("name of the MLflow run; null: MLflow's own", None)
+    run_name: str | None = key("name of the MLflow run; null: the last two parts of the run directory", None)
     upload: bool = key("copy the run directory's files to the MLflow run")
 
 
@@ -293,9 +293,7 @@ class RunConfig:
     seed: int = key("seed of weights, data order and noise")
     preview: bool = key("show the samples' first words in the end table (console only)")
     dry_run: bool = key("show parameters, memory and output directory, then end")
-    output_dir: str | None = key(
-        "where the run's files go: hydra.run.dir or hydra.sweep.dir, once a job has started"
-    )
+    output_dir: str | None = key("where the run's files go; set by hydra.run.dir or hydra.sweep.dir")
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     engine: EngineConfig = MISSING

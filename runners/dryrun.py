@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runners.models import build_model
+from runners.pretrained import find_gpt2
 
 DIGITS_CLASSES = 10
 
@@ -61,8 +62,12 @@ def report(cfg: DictConfig) -> None:
 
 def build_on_meta(cfg: DictConfig) -> torch.nn.Module:
     """The model of `cfg` with parameters that have shapes and no memory."""
+    model = cfg.model
+    if model.kind == "gpt2" and model.path is not None:
+        find_gpt2(model)  # its shape is the one that model.config gives
+        model = OmegaConf.merge(model, {"path": None})
     with torch.device("meta"):
-        return build_model(cfg.model, **_model_shapes(cfg))
+        return build_model(model, **_model_shapes(cfg))
 
 
 def estimate_memory(cfg: DictConfig, model: torch.nn.Module) -> MemoryEstimate:

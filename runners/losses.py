@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from ghost import LossReduction
-from ghost.batch import Inputs
-
-IGNORED_LABEL = -100
+from ghost.batch import Inputs, to_device
+from ghost.loss import IGNORED_LABEL
+from runners.models import parameter_dtype
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,6 @@ class Loss:
     row_sums: Tensor
     row_counts: Tensor
 
-    def mean_of(self, rows: int) -> Tensor:
-        """The mean over the first `rows` rows alone."""
-        return self.row_sums[:rows].sum() / self.row_counts[:rows].sum()
-
 
 def language_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Loss:
     """Next-token cross-entropy in float32 at least, as Hugging Face counts it: labels `[b, T]` are shifted by
@@ -42,9 +38,8 @@ def language_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Loss:
     inputs = {"input_ids": X} if isinstance(X, Tensor) else X
     logits = model(**inputs).logits  # [b, T, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    following = F.pad(
-        Y[:, 1:], (0, 1), value=IGNORED_LABEL
-    )  # [b, T]; shifting the labels spares a copy of the logits
+    # Shifting the labels, not the logits, spares a copy of the latter.
+    following = F.pad(Y[:, 1:], (0, 1), value=IGNORED_LABEL)  # [b, T]
     tokens = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view_as(following)
     counts = (following != IGNORED_LABEL).sum(1)
     return Loss(tokens.sum() / counts.sum(), tokens.detach().sum(1), counts)
@@ -65,12 +60,19 @@ class Task:
         compute: The loss without autocast.
         reduction: What its mean is taken over.
         autocast: dtype of the forward under autocast, or None.
+        dtype: The weights' own.
     """
 
     compute: Callable[[nn.Module, Inputs, Tensor], Loss]
     reduction: LossReduction
     autocast: torch.dtype | None
+    dtype: torch.dtype
     device: torch.device
+
+    def place(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
+        """A batch on the run's device. Tables and images get the weights' dtype; token ids stay integers."""
+        X = X.to(self.dtype) if isinstance(X, Tensor) and X.is_floating_point() else X
+        return to_device(X, self.device), Y.to(self.device)
 
     def loss(self, model: nn.Module, X: Inputs, Y: Tensor) -> Loss:
         """The loss under the run's autocast."""
@@ -88,6 +90,9 @@ class Task:
 def build_task(cfg: DictConfig, device: torch.device) -> Task:
     """The task that fits the configured model."""
     autocast = getattr(torch, cfg.dtype.autocast) if cfg.dtype.autocast else None
-    if cfg.model.kind == "gpt2":
-        return Task(language_loss, LossReduction.CAUSAL_TOKEN_MEAN, autocast, device)
-    return Task(class_loss, LossReduction.SAMPLE_MEAN, autocast, device)
+    compute, reduction = (
+        (language_loss, LossReduction.CAUSAL_TOKEN_MEAN)
+        if cfg.model.kind == "gpt2"
+        else (class_loss, LossReduction.SAMPLE_MEAN)
+    )
+    return Task(compute, reduction, autocast, parameter_dtype(cfg.dtype), device)

@@ -30,6 +30,7 @@ _MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -94,6 +95,29 @@ def open_store(uri: str, experiment: str) -> Store:
     if not uri.startswith("http"):
         _probe_database(uri)
     return _connect(uri, experiment, artifact_location=None)
+
+
+def download(uri: str, artifact: str, folder: Path) -> Path:
+    """Copy an artifact, named `runs:/<run id>/<path>`, from the store at a resolved address into `folder`.
+
+    Raises:
+        ConfigError: the store or the artifact is not there.
+    """
+    database = sqlite_path(uri)
+    if database is not None and not database.exists():  # MLflow would make an empty store and look in it
+        raise ConfigError(f"{artifact}: there is no tracking store {database}, give tracking.uri=STORE")
+    disable_telemetry()
+    set_defaults(_MLFLOW_SETTINGS)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(download_artifacts(artifact_uri=artifact, dst_path=str(folder), tracking_uri=uri))
+    except (MlflowException, OSError) as error:
+        raise ConfigError(
+            f"{artifact} is not in {without_password(uri)} ({one_line(error)}): give the id of a run in it, "
+            "or tracking.uri=STORE"
+        ) from error
 
 
 def _open_sqlite(uri: str, database: Path, experiment: str) -> Store:

@@ -1,17 +1,14 @@
 """Models from the `model` part of the config: GPT-2 of any size, and small networks for tables and images."""
 
-import logging
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from runners.errors import ConfigError
-
-log = logging.getLogger(__name__)
+from runners.pretrained import load_gpt2
 
 END_OF_TEXT = 50256
 
@@ -19,7 +16,7 @@ END_OF_TEXT = 50256
 def build_model(
     cfg: DictConfig, vocab_size: int | None, input_shape: tuple[int, ...] | None, num_classes: int | None
 ) -> nn.Module:
-    """The model with its initial weights in float32, or of the default device's kind.
+    """The model with its initial weights, on PyTorch's default device.
 
     Args:
         cfg: The config's `model` node.
@@ -34,8 +31,7 @@ def build_model(
         if vocab_size is not None and vocab_size > model.config.vocab_size:
             raise ConfigError(
                 f"model.config.vocab_size={model.config.vocab_size} is below the {vocab_size} tokens of the "
-                "data: "
-                f"use at least {vocab_size}."
+                f"data's vocabulary: use at least {vocab_size}."
             )
         return model
     if input_shape is None or num_classes is None:
@@ -45,38 +41,18 @@ def build_model(
     return _cnn(list(cfg.channels), input_shape, num_classes)
 
 
-def _gpt2(cfg: DictConfig) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = dict(OmegaConf.to_container(cfg.config, resolve=True))  # type: ignore[arg-type]
-    attention = shape.pop("attn_implementation")
+def _gpt2(cfg: DictConfig) -> GPT2LMHeadModel:
     if cfg.path is not None:
-        model = _pretrained(GPT2LMHeadModel, cfg.path, shape, attention)
+        model = load_gpt2(cfg)
     else:
+        shape = {str(key): value for key, value in cfg.config.items()}
+        attention = str(shape.pop("attn_implementation"))
         special = END_OF_TEXT if shape["vocab_size"] > END_OF_TEXT else None
         config = GPT2Config(**shape, bos_token_id=special, eos_token_id=special, use_cache=False)
         model = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
     # Named by hand: GPT-2's config leaves it open, and transformers then warns inside every forward.
     model.loss_type = "ForCausalLM"
     return model
-
-
-def _pretrained(model_class: Any, path: str, shape: dict[str, Any], attention: str) -> Any:
-    """Weights and architecture from a folder, or from the hub; dropout and attention as configured."""
-    dropout = {key: value for key, value in shape.items() if key.endswith("pdrop")}
-    local = Path(path).expanduser().is_dir()
-    try:
-        return model_class.from_pretrained(
-            path, local_files_only=local, trust_remote_code=False, attn_implementation=attention,
-            use_cache=False, **dropout,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path={path} is neither a folder with a GPT-2 nor a model that the hub gives ({reason}): "
-            "give a folder "
-            "made by save_pretrained, or leave it null for a random start."
-        ) from error
 
 
 def _mlp(hidden: list[int], inputs: int, classes: int) -> nn.Module:
@@ -100,6 +76,6 @@ def _cnn(channels: list[int], input_shape: tuple[int, ...], classes: int) -> nn.
 
 
 def parameter_dtype(cfg: DictConfig) -> torch.dtype:
-    """`dtype.model` as a torch dtype."""
+    """`model` of the config's `dtype` node as a torch dtype."""
     dtype: torch.dtype = getattr(torch, cfg.model)
     return dtype

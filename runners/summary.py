@@ -102,9 +102,9 @@ def domain_values(rows: Iterable[SampleValue]) -> list[DomainValue]:
     return sorted(summed, key=lambda domain: -domain.mean)
 
 
-def replay_command(hydra_overrides: Sequence[str]) -> str:
-    """The shell command that starts a run with these Hydra overrides."""
-    return shlex.join(["python", "run.py", *hydra_overrides])
+def replay_command(hydra_overrides: Sequence[str], script: str = "run.py") -> str:
+    """The shell command that starts a run with these Hydra overrides; `script` as the user typed it."""
+    return shlex.join(["python", script, *hydra_overrides])
 
 
 def _rows(values: pa.Table | Sequence[Mapping[str, Any]]) -> list[SampleValue]:

@@ -22,7 +22,7 @@ from analysis.errors import AnalysisError
 from analysis.plots import plot_run
 from analysis.runs import score_note
 from ghost import GhostConfig, GhostEngineManager, Selection
-from ghost.batch import to_device
+from ghost.batch import take_rows
 from ghost.coverage import coverage
 from ghost.values import accumulate, read_shards
 from runners.data import build_data
@@ -41,6 +41,8 @@ from runners.tracking import NullTracker, build_tracker, flatten
 log = logging.getLogger(__name__)
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+VALUES_FILE = "values.parquet"
 
 VALUES_SCHEMA = pa.schema(
     [("sample_id", pa.string()), ("domain", pa.string()), ("value", pa.float64()), ("times_seen", pa.int64())]
@@ -63,9 +65,14 @@ def run(cfg: DictConfig) -> float:
         model.to(device=device, dtype=parameter_dtype(cfg.dtype))
         record_setup(cfg, out, device, data, tracker)
         if cfg.trainer.eval_only:
-            return evaluate_only(cfg, model, data, device, tracker)
-        val_loss = train(cfg, out, model, data, device, tracker)
-        finish(cfg, out, data, tracker)
+            val_loss = evaluate_only(cfg, model, data, device, tracker)
+        else:
+            val_loss = train(cfg, out, model, data, device, tracker)
+            write_results(cfg, out, data)
+        tracker.log_artifacts(out)
+        tracker.finish()
+        if not cfg.trainer.eval_only:
+            show_summary(cfg, out, data, tracker)
         return val_loss
 
 
@@ -129,9 +136,9 @@ def train(
         data.train, cfg.trainer.batch_size, cfg.seed, cfg.data.shuffle, cfg.data.num_workers
     )
     rows = val_batch(data.val)
-    val_data = (to_device(rows.inputs, device), rows.labels.to(device))
+    val_data = task.place(rows.inputs, rows.labels)
     config = ghost_config(cfg, out, task)
-    if cfg.engine.name != "regular":
+    if is_scored(cfg):
         write_coverage(model, config, task, val_data, out / "coverage.json")
     manager = GhostEngineManager(config, model, optimizer, val_data=val_data, loss_fn=task.mean)
     called: Any = torch.compile(model) if cfg.trainer.compile else model
@@ -148,19 +155,9 @@ def train(
 
 
 def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
-    """The manager's settings.
-
-    Raises:
-        ConfigError: `engine.loss_reduction` contradicts the loss that the run minimises.
-    """
-    if cfg.engine.name == "regular":
+    """The manager's settings."""
+    if not is_scored(cfg):
         return GhostConfig(engine="regular")
-    asked = cfg.engine.loss_reduction
-    if asked not in ("auto", task.reduction.value):
-        raise ConfigError(
-            f"engine.loss_reduction={asked} contradicts model={cfg.model.name}, whose loss is a "
-            f"{task.reduction.value}: use auto."
-        )
     settings = {
         "engine": str(cfg.engine.name),
         "val_mode": str(cfg.engine.val_mode),
@@ -187,8 +184,8 @@ def write_coverage(
     """Measure on the validation rows of one step what the scores will speak of."""
     X, Y = val_data
     rows = slice(0, config.val_batch_size)
-    inputs = X[rows] if isinstance(X, torch.Tensor) else {key: value[rows] for key, value in X.items()}
-    report = coverage(model, config, task.mean(model, inputs, Y[rows]))
+    with torch.random.fork_rng():  # dropout here must not change what the training draws
+        report = coverage(model, config, task.mean(model, take_rows(X, rows), Y[rows]))
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     log.info(
         "Scoring %.1f %% of %d trainable parameters and %.1f %% of the validation gradient's squared norm",
@@ -197,26 +194,32 @@ def write_coverage(
     )  # fmt: skip
 
 
-def finish(cfg: DictConfig, out: Path, data: DataBundle, tracker: NullTracker) -> None:
-    """Values, plots, upload and the closing table."""
-    scored = cfg.engine.name != "regular"
-    values = write_values(out, data) if scored else VALUES_SCHEMA.empty_table()
+def write_results(cfg: DictConfig, out: Path, data: DataBundle) -> None:
+    """Values of a scored run, and the plots."""
+    if is_scored(cfg):
+        write_values(out, data)
     try:
         plot_run(out)
     except AnalysisError as error:
         log.error("The plots could not be drawn: %s", error)
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    tracker.log_artifacts(out)
-    tracker.finish()
-    notes = [score_note(OmegaConf.to_container(cfg, resolve=True))] if scored else []  # type: ignore[arg-type]
+
+
+def show_summary(cfg: DictConfig, out: Path, data: DataBundle, tracker: NullTracker) -> None:
+    """The closing tables on the console."""
+    values = pq.read_table(out / VALUES_FILE) if is_scored(cfg) else VALUES_SCHEMA.empty_table()
+    notes = [score_note(OmegaConf.to_container(cfg, resolve=True))] if is_scored(cfg) else []  # type: ignore[arg-type]
     print_summary(
         out, values, _previews(data) if cfg.preview else None, tracker.ui_command(), tracker.run_url(),
-        replay_command(list(HydraConfig.get().overrides.task)), notes, Console(),
+        replay_command(list(HydraConfig.get().overrides.task), sys.argv[0]), notes, Console(),
     )  # fmt: skip
 
 
-def write_values(out: Path, data: DataBundle) -> pa.Table:
+def is_scored(cfg: DictConfig) -> bool:
+    """Whether the run gives its samples values."""
+    return cfg.engine.name != "regular"
+
+
+def write_values(out: Path, data: DataBundle) -> None:
     """One row for each training sample that was scored, atomically written to `values.parquet`."""
     found = accumulate(read_shards(out / "scores"))
     indices = found.sample.tolist()
@@ -231,8 +234,7 @@ def write_values(out: Path, data: DataBundle) -> pa.Table:
     )
     partial = out / ".values.parquet.partial"
     pq.write_table(table, partial)
-    os.replace(partial, out / "values.parquet")
-    return table
+    os.replace(partial, out / VALUES_FILE)
 
 
 def _previews(data: DataBundle) -> Callable[[str], str]:

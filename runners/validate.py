@@ -58,6 +58,7 @@ def check(cfg: DictConfig) -> None:
     _keys_known(cfg, prefix="")
     _keys_given(cfg)
     _choices_kept(cfg)
+    _output_dir(cfg)
     _numbers(cfg)
     _model(cfg)
     _data(cfg)
@@ -103,6 +104,16 @@ def _keys_given(cfg: DictConfig) -> None:
         raise ConfigError(f"{key} has no value: type {key}=VALUE, see --help")
 
 
+def _output_dir(cfg: DictConfig) -> None:
+    """The key tells where Hydra has put the run; the log would not follow another value."""
+    if not OmegaConf.is_interpolation(cfg, "output_dir"):
+        _refuse(
+            cfg,
+            "output_dir",
+            "does not move the run: type hydra.run.dir=PATH, or hydra.sweep.dir=PATH with -m",
+        )
+
+
 def _numbers(cfg: DictConfig) -> None:
     for key, smallest in SMALLEST.items():
         value = OmegaConf.select(cfg, key)
@@ -129,7 +140,7 @@ def _widths(cfg: DictConfig) -> Iterator[tuple[str, ListConfig]]:
 
 
 def _model(cfg: DictConfig) -> None:
-    if cfg.model.kind == "gpt2" and cfg.model.path is None:
+    if cfg.model.kind == "gpt2":
         shape = cfg.model.config
         if shape.n_embd % shape.n_head:
             _refuse(cfg, "model.config.n_embd", f"must be a multiple of model.config.n_head={shape.n_head}")
@@ -172,8 +183,7 @@ def _pairing(cfg: DictConfig) -> None:
             "data.as_image",
             "gives images to model=mlp: type data.as_image=false, or model=cnn",
         )
-    # A model from a folder or the hub brings its own lengths.
-    if model.kind == "gpt2" and model.path is None and data.seq_len > model.config.n_positions:
+    if model.kind == "gpt2" and data.seq_len > model.config.n_positions:
         longest = model.config.n_positions
         _refuse(
             cfg,
@@ -227,6 +237,12 @@ def _dtype(cfg: DictConfig) -> None:
     dtype = cfg.dtype
     if dtype.score == "bfloat16":
         _refuse(cfg, "dtype.score", "would drop most of a score's digits: type dtype.score=float32")
+    if dtype.model == "float64" and dtype.score != "float64":
+        _refuse(
+            cfg, "dtype.score", "drops digits that dtype.model=float64 pays for: type dtype.score=float64"
+        )
+    if dtype.storage == "float64" and dtype.score != "float64":
+        _refuse(cfg, "dtype.storage", f"has more digits than dtype.score={dtype.score}: type that or less")
     if dtype.autocast is None:
         return
     if dtype.autocast != "bfloat16":
@@ -272,13 +288,12 @@ def _trainer(cfg: DictConfig) -> None:
 
 
 def _eval_only(cfg: DictConfig) -> None:
-    """Nothing is trained: settings that only training reads, where they differ from what does nothing."""
+    """Nothing is trained. What the training loop's own keys say has a value in every config and means nothing
+    here; these keys are typed on purpose.
+    """
     idle: dict[str, object] = {
         "preview": False,
-        "trainer.gradient_accumulation_steps": 1,
-        "trainer.clip_grad_norm": None,
-        "trainer.warmup_steps": 0,
-        "trainer.lr_schedule": "constant",
+        "trainer.compile": False,
         "engine.bitwise": False,
         "layers.exclude": [],
         "layers.families": [],

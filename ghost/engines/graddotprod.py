@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ghost.algebra import accumulation_dtype
-from ghost.batch import Inputs, row_count, token_count
+from ghost.batch import Inputs, check_labels, row_count, token_count
 from ghost.config import GhostConfig, ValMode
 from ghost.engines.base import Engine, LayerScores, LossFn, register_engine
-from ghost.errors import BatchError, ProtocolError, UnsupportedModelError
+from ghost.errors import ProtocolError, UnsupportedModelError
 from ghost.instrument import find_layers, refuse_mixing_layers
 from ghost.layers import Layer, registered_types
 from ghost.validation import JointValidation, SeparateValidation, Validation
@@ -83,10 +83,7 @@ class GradDotProdEngine(Engine):
             raise ProtocolError("the engine is detached: call attach() before a step.")
         refuse_mixing_layers(self.model)
         rows = row_count(X, "the training batch")
-        if Y.shape[0] != rows:
-            raise BatchError(
-                f"the training batch has {rows} input rows but {Y.shape[0]} label rows: give one each."
-            )
+        check_labels(Y, rows, "the training batch")
         state = self.state
         state.active, state.output_scale, self._share = False, None, share
         val_rows = self.validation.begin(Y, iteration)
@@ -114,6 +111,7 @@ class GradDotProdEngine(Engine):
             )
         raw = {key: probe.grad for key, probe in state.probes.items()}
         if all(grad is None for grad in raw.values()):
+            self.abandon()
             raise ProtocolError(
                 "no score was computed: run forward and backward on forward_inputs before collecting."
             )

@@ -105,7 +105,9 @@ def read_records(files: Iterable[TextFile], fields: Fields) -> Iterator[Record]:
     naming file and row.
     """
     seen: set[str] = set()
+    unread: set[str] = set()
     for file in files:
+        unread |= _unread_fields(file, fields)
         for record in READERS[file.ending](file, fields):
             full_id = f"{record.domain}/{record.name}"
             if full_id in seen:
@@ -115,6 +117,11 @@ def read_records(files: Iterable[TextFile], fields: Fields) -> Iterator[Record]:
                 )
             seen.add(full_id)
             yield record
+    if unread:
+        log.info(
+            "Fields that are not read: %s (data.domain_field and data.id_field can name one).",
+            ", ".join(sorted(unread)),
+        )
 
 
 def _files_below(root: Path) -> list[TextFile]:
@@ -188,6 +195,21 @@ READERS: dict[str, Callable[[TextFile, Fields], Iterator[Record]]] = {
     ".jsonl.xz": _read_jsonl,
     ".parquet": _read_parquet,
 }
+
+
+def _unread_fields(file: TextFile, fields: Fields) -> set[str]:
+    """The fields of the file's first row that no key names; none of a damaged file, refused later."""
+    if file.ending == ".txt":
+        return set()
+    try:
+        if file.ending == ".parquet":
+            present = pq.read_schema(file.path).names
+        else:
+            with file.path.open("rb") as raw:
+                present = list(json.loads(_decompressed(file, raw).readline()))
+    except (ValueError, TypeError, OSError, EOFError, lzma.LZMAError, zlib.error):
+        return set()
+    return set(present) - set(fields.named().values())
 
 
 def _decompressed(file: TextFile, raw: BinaryIO) -> Any:

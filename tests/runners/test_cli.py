@@ -1,9 +1,7 @@
 """The command line: one sentence an error, exit codes, experiments by path, help, what is not imported."""
 
-import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,32 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from runners import cli
 from runners.errors import DataError
+from tests.runners.conftest import Line
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "mlflow", "matplotlib", "sklearn", "numpy"}
-
-Line = Callable[..., int]
-
-
-@pytest.fixture
-def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    """Runs a command line in this process, in an empty folder, and returns the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by `main`; put back at the end
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def run_line(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-        try:
-            return cli.main()
-        except SystemExit as end:
-            return int(str(end.code))
-
-    yield run_line
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture
@@ -288,9 +264,8 @@ def test_dry_run_shows_parameters_memory_and_directory(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_activation_estimate_matches_what_autograd_keeps(attention: str) -> None:
-    from runners.models import build_model
-
     from runners.dryrun import build_on_meta, estimate_memory
+    from runners.models import build_model
 
     cfg = composed(
         "model=gpt2-tiny", "engine=regular", "data.seq_len=64", "trainer.batch_size=2",

@@ -149,7 +149,7 @@ def test_a_killed_command_leaves_no_folder(tmp_path):
             file.write(json.dumps({"id": i, "domain": "d", "text": f"{i} " * 300}) + "\n")
     process = run_command(f"data.path={corpus}", "prepare.out=tokens", folder=tmp_path)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".tokens.*.partial/tokens/d.bin")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".tokens.*.partial/tokens/long.bin")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)

@@ -1,0 +1,1 @@
+"""Side-by-side measurements: each figure is a ratio of times taken in one run, interleaved."""

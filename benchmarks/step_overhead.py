@@ -1,0 +1,112 @@
+"""A scored step against a plain step over the same training and validation rows.
+
+`python -m benchmarks.step_overhead [--rounds 7] [--shapes 4]` on a random-start GPT-2 small, float32, AdamW.
+Both steps are zero_grad, forward, backward and optimizer step; they take turns within one process on one
+model. Peak memory is measured in a process of its own for each, since a process's peak never falls.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.common import Ratio, interleave, report
+from ghost import GhostEngineManager
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`b` training and `v` validation rows of `tokens` tokens."""
+
+    b: int
+    tokens: int
+    v: int
+
+
+SHAPES = [Shape(8, 128, 1), Shape(4, 256, 1), Shape(16, 128, 8), Shape(2, 512, 1), Shape(8, 128, 8)]
+
+
+def gpt2(**shape: int) -> GPT2LMHeadModel:
+    """A GPT-2 without dropout from a random start; small by default."""
+    model = GPT2LMHeadModel(
+        GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **shape)
+    )
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def steps(shape: Shape, val_mode: str, algebra: str) -> dict[str, Callable[[], None]]:
+    """A plain and a scored step on one model, by name."""
+    torch.manual_seed(0)
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    X = torch.randint(0, 50257, (shape.b, shape.tokens))
+    val = torch.randint(0, 50257, (shape.v, shape.tokens))
+    rows = torch.cat([X, val])
+    config = {"val_mode": val_mode, "algebra": algebra}
+    manager = GhostEngineManager(config, model, optimizer, val_data=(val, val))
+    iteration = iter(range(10**9))
+
+    def plain() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+
+    def scored() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with manager.step(X, X, batch_idx=range(shape.b), iteration=next(iteration)) as step:
+            step.backward(model(**step.inputs).loss)
+        optimizer.step()
+
+    return {"plain": plain, "scored": scored}
+
+
+def peak_bytes(shape: Shape, which: str) -> int:
+    """Peak resident memory of a fresh process that takes two steps of one kind."""
+    argv = [sys.executable, "-m", "benchmarks.step_overhead", "--peak", which, json.dumps(asdict(shape))]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def print_peak(which: str, shape: Shape) -> None:
+    """What `peak_bytes` runs."""
+    step = steps(shape, "concat", "auto")[which]
+    step()
+    step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main() -> None:
+    """Measure all shapes and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes to measure")
+    parser.add_argument("--algebra", default="auto")
+    parser.add_argument("--peak", nargs=2, metavar=("WHICH", "SHAPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        print_peak(args.peak[0], Shape(**json.loads(args.peak[1])))
+        return
+    rows = []
+    for shape in SHAPES[: args.shapes]:
+        times = interleave(steps(shape, "concat", args.algebra), args.rounds)
+        memory = peak_bytes(shape, "scored") / peak_bytes(shape, "plain")
+        rows.append(
+            {
+                "b": shape.b, "T": shape.tokens, "v": shape.v,
+                "scored / plain": Ratio.of(times["scored"], times["plain"]),
+                "plain s": round(sorted(times["plain"])[args.rounds // 2], 3),
+                "peak memory ratio": round(memory, 3),
+            }
+        )  # fmt: skip
+    report("step_overhead", list(rows[0]), rows)
+
+
+if __name__ == "__main__":
+    main()

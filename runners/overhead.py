@@ -1,0 +1,73 @@
+"""What scoring costs: now and then a plain forward and backward over the rows of a scored pass."""
+
+import statistics
+import time
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ghost.batch import Inputs
+from runners.losses import Task
+
+
+class OverheadMeter:
+    """Compares scored passes with plain ones over the same rows (with `val_mode=concat` the validation rows
+    are among them).
+
+    Attributes:
+        seconds: Time spent in plain passes since the run began; no part of the training.
+    """
+
+    def __init__(self, cfg: DictConfig, model: nn.Module, task: Task) -> None:
+        self.seconds = 0.0
+        self._model, self._task = model, task
+        self._steps = probe_steps(cfg)
+        self._micro_batches = cfg.trainer.gradient_accumulation_steps
+        self._warm_ups = int(cfg.trainer.compile)  # the first pass of a new kind compiles
+        self._shares: list[float] = []
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step's first micro-batch is compared."""
+        return step in self._steps
+
+    @property
+    def share(self) -> float | None:
+        """Median extra time of a scored step as a share of a plain one; None before the first comparison."""
+        return statistics.median(self._shares) if self._shares else None
+
+    def compare(self, X: Inputs, Y: Tensor, scored_seconds: float, optimizer_seconds: float) -> None:
+        """Run the plain pass; weights, gradients and random state stay as they are.
+
+        Args:
+            X, Y: What went through the scored pass.
+            scored_seconds: How long the scored pass took.
+            optimizer_seconds: How long an optimizer step takes.
+        """
+        began = self.now()
+        params = [p for p in self._model.parameters() if p.requires_grad]
+        with torch.random.fork_rng():
+            for _ in range(self._warm_ups + 1):
+                pass_began = self.now()
+                torch.autograd.grad(self._task.mean(self._model, X, Y), params)
+        ended = self.now()
+        plain = ended - pass_began
+        self._warm_ups = 0
+        self._shares.append((scored_seconds - plain) / (plain + optimizer_seconds / self._micro_batches))
+        self.seconds += ended - began
+
+    def now(self) -> float:
+        """Seconds on a clock, read once the device has done all that it was given."""
+        if self._task.device.type == "cuda":
+            torch.cuda.synchronize(self._task.device)
+        return time.perf_counter()
+
+
+def probe_steps(cfg: DictConfig) -> set[int]:
+    """Steps in which the cost of scoring is measured: spread over the run, the first step left out since it
+    warms up.
+    """
+    if cfg.engine.name == "regular" or cfg.trainer.max_steps < 2:
+        return set()
+    probes = min(cfg.trainer.overhead_probes, cfg.trainer.max_steps - 1)
+    return {1 + i * (cfg.trainer.max_steps - 1) // probes for i in range(probes)}

@@ -1,0 +1,87 @@
+"""Values are learning rate times clipping times score, summed over the steps."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ghost.scores import save_atomically
+from ghost.values import accumulate, read_shards, row_values
+
+
+def shard(sample: list[int], score: list[float], lr: float = 0.1, clip: float = 1.0) -> dict[str, Tensor]:
+    n = len(sample)
+    return {
+        "step": torch.zeros(n, dtype=torch.int64),
+        "sample": torch.tensor(sample, dtype=torch.int64),
+        "score": torch.tensor(score),
+        "lr": torch.full((n,), lr, dtype=torch.float64),
+        "clip": torch.full((n,), clip, dtype=torch.float64),
+    }
+
+
+def test_row_values() -> None:
+    rows = row_values(shard([0, 1], [2.0, -4.0], lr=0.1, clip=0.5))
+    assert rows.dtype == torch.float64
+    assert rows.tolist() == pytest.approx([0.1, -0.2])
+
+
+def test_rates_of_groups_are_folded_in() -> None:
+    rows = shard([0, 1], [0, 0], clip=0.5)
+    rows["score"] = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
+    rows["lr"] = torch.tensor([[0.1, 0.01], [0.1, 0.01]], dtype=torch.float64)
+    assert row_values(rows).tolist() == pytest.approx([0.1, 0.2])
+
+
+def test_samples_are_summed_over_shards_of_any_width() -> None:
+    wide = shard([7, 2], [0, 0])
+    wide["score"], wide["lr"] = torch.ones(2, 2), torch.full((2, 2), 0.5, dtype=torch.float64)
+    values = accumulate([shard([5, 2, 5], [1.0, 2.0, 3.0]), wide, shard([], [])])
+    assert values.sample.tolist() == [2, 5, 7]
+    assert values.value.tolist() == pytest.approx([1.2, 0.4, 1.0])
+    assert values.times_seen.tolist() == [2, 2, 1]
+
+
+def test_nothing_scored() -> None:
+    values = accumulate([])
+    assert values.sample.numel() == values.value.numel() == values.times_seen.numel() == 0
+
+
+def test_rows_that_are_not_finite_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "ghost.values"):
+        values = accumulate([shard([0, 1, 0, 2], [1.0, float("nan"), float("inf"), 2.0])])
+    assert values.sample.tolist() == [0, 2]
+    assert values.value.tolist() == pytest.approx([0.1, 0.2])
+    assert "2 score rows are not finite" in caplog.text
+
+
+def test_low_precision_scores_are_summed_in_float64() -> None:
+    rows = shard([0] * 1000, [1.0] * 1000, lr=1.0)
+    rows["score"] = rows["score"].bfloat16()
+    assert accumulate([rows]).value.item() == 1000
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 20), st.floats(-1e6, 1e6, width=32)), max_size=8), max_size=4)
+)
+def test_values_are_a_plain_sum(parts: list[list[tuple[int, float]]]) -> None:
+    values = accumulate(shard([i for i, _ in part], [s for _, s in part]) for part in parts)
+    expected: dict[int, float] = {}
+    for part in parts:
+        for i, score in part:
+            expected[i] = expected.get(i, 0.0) + 0.1 * score
+    assert values.sample.tolist() == sorted(expected)
+    assert values.value.tolist() == pytest.approx([expected[i] for i in sorted(expected)], abs=1e-6)
+
+
+def test_shards_are_read_in_order_and_nothing_else_is(tmp_path: Path) -> None:
+    for i in (1, 0, 10):
+        save_atomically({"step": torch.tensor([i])}, tmp_path / f"shard-{i:05d}.pt")
+    (tmp_path / ".shard-00002.pt.partial").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("x")
+    assert [int(part["step"]) for part in read_shards(tmp_path)] == [0, 1, 10]

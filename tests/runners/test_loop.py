@@ -1,0 +1,111 @@
+"""Steps, evaluations and the comparison with plain passes, taken one by one."""
+
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from ghost import LossReduction
+from runners.data.base import Item, SampleSet
+from runners.loop import evaluate
+from runners.losses import Task, class_loss
+from runners.overhead import OverheadMeter, probe_steps
+
+TASK = Task(class_loss, LossReduction.SAMPLE_MEAN, None, torch.float32, torch.device("cpu"))
+
+
+class Rows(SampleSet):
+    """Seven random rows of three classes."""
+
+    offset = 0
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.X = torch.randn(7, 5, generator=generator)
+        self.Y = torch.randint(0, 3, (7,), generator=generator)
+        self.sample_ids = self.domains = [str(i) for i in range(7)]
+
+    def __getitem__(self, i: int) -> Item:
+        return self.X[i], self.Y[i], i
+
+    def preview(self, i: int, width: int = 80) -> str:
+        return str(i)
+
+
+def config(engine: str = "graddotprod", **trainer: Any) -> Any:
+    settings = {"max_steps": 9, "overhead_probes": 3, "gradient_accumulation_steps": 1, "compile": False}
+    return OmegaConf.create({"engine": {"name": engine}, "trainer": settings | trainer})
+
+
+def net(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Dropout(dropout), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_an_evaluation_is_the_mean_over_all_rows_whatever_the_batches(batch_size: int) -> None:
+    rows, model = Rows(), net(dropout=0.5)
+    found = evaluate(model, rows, TASK, batch_size)
+    expected = class_loss(model.eval(), rows.X, rows.Y).mean
+    assert found == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_an_evaluation_leaves_training_mode_random_state_and_gradients_alone() -> None:
+    model = net(dropout=0.5)
+    state = torch.get_rng_state()
+    evaluate(model, Rows(), TASK, 3)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_probes_are_spread_and_leave_out_the_first_step() -> None:
+    assert probe_steps(config()) == {1, 3, 6}
+    assert probe_steps(config(max_steps=1)) == set()
+    assert probe_steps(config(max_steps=3, overhead_probes=10)) == {1, 2}
+    assert probe_steps(config(overhead_probes=0)) == set()
+    assert probe_steps(config(engine="regular")) == set()
+
+
+def test_a_plain_pass_changes_nothing() -> None:
+    rows, model = Rows(), net(dropout=0.5)
+    class_loss(model, rows.X, rows.Y).mean.backward()
+    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    state = torch.get_rng_state()
+    meter = OverheadMeter(config(), model, TASK)
+    assert meter.share is None
+    meter.compare(rows.X, rows.Y, scored_seconds=1.0, optimizer_seconds=0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+    for p, (weight, grad) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, weight)
+        assert p.grad is not None
+        assert torch.equal(p.grad, grad)
+
+
+@pytest.mark.parametrize(("micro_batches", "expected"), [(1, 0.5), (2, 0.6)])
+def test_overhead_is_the_share_of_a_plain_step(
+    micro_batches: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain pass takes 2 s and the update 2 s, so a plain step takes 4 s, or 3 s for each of two."""
+    clock = iter([0.0, 0.0, 2.0])
+    meter = OverheadMeter(config(gradient_accumulation_steps=micro_batches), net(), TASK)
+    monkeypatch.setattr(meter, "now", lambda: next(clock))
+    rows = Rows()
+    scored = {1: 4.0, 2: 3.8}[micro_batches]
+    meter.compare(rows.X, rows.Y, scored_seconds=scored, optimizer_seconds=2.0)
+    assert meter.share == pytest.approx(expected)
+    assert meter.seconds == 2.0
+    assert meter.is_due(1)
+    assert not meter.is_due(0)
+
+
+def test_the_first_comparison_of_a_compiled_model_is_warmed_up() -> None:
+    calls: list[int] = []
+    rows, model = Rows(), net()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    meter = OverheadMeter(config(compile=True), model, TASK)
+    for _ in range(2):
+        meter.compare(rows.X, rows.Y, scored_seconds=1.0, optimizer_seconds=0.0)
+    assert len(calls) == 3

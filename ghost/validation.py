@@ -97,7 +97,8 @@ class JointValidation(Validation):
         self._val = ValidationRows(val_data, parameter.device)
         self._reduction = config.loss_reduction or infer_reduction(model)
         self._batch = min(config.val_batch_size or self._val.rows, self._val.rows)
-        self._cursor, self._iteration = 0, -1
+        self._cursor = 0
+        self._iteration: int | None = None
         self._refuse_uncounted_rows()
         scored = {layer.name: config.selection.matches(layer) for layer in layers}
         ties = [tie for tie in find_ties(layers) if scored[tie.table.name] or scored[tie.head.name]]

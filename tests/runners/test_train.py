@@ -405,7 +405,7 @@ def test_joint_training_agrees_with_plain_training_to_rounding(run: Run, models:
 def test_accumulation_equals_one_large_batch(run: Run, models: list[nn.Module], val_mode: str) -> None:
     options = [
         *TOKENS, "dtype=fp64", "optimizer=sgd", "optimizer.lr=0.5", "trainer.clip_grad_norm=0.5",
-        f"engine.val_mode={val_mode}", "engine.val_batch_size=6", "trainer.max_steps=6",
+        f"engine.val_mode={val_mode}", "engine.val_batch_size=2", "trainer.max_steps=6",
     ]  # fmt: skip
     small = run(*options, "trainer.batch_size=4", "trainer.gradient_accumulation_steps=2")
     large = run(*options, "trainer.batch_size=8")

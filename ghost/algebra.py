@@ -49,17 +49,16 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(dtype) * b.to(dtype)).flatten(1).sum(1)
 
 
-def cheapest(rows: int, tokens: int, val_tokens: int, m: int, n: int) -> str:
+def cheapest(rows: int, tokens: int, val_tokens: int, m: int, n: int, device: str = "cpu") -> str:
     """The name of the cheapest algebra for `[rows, tokens]` training tokens against `val_tokens` validation
     tokens.
 
     `val_tokens = 0` means that the target is a matrix already, which rules out `token_token`.
     """
     val_matrix = 2 * val_tokens * m * n
-    costs = {
-        "fused": val_matrix + ELEMENT_COST * rows * m * n,
-        "target": val_matrix + 2 * rows * tokens * m * n,
-    }
+    costs = {"target": val_matrix + 2 * rows * tokens * m * n}
+    if device == "cpu":  # elsewhere the tiles are as many small launches, and their traffic is what costs
+        costs["fused"] = val_matrix + ELEMENT_COST * rows * m * n
     if val_tokens:
         costs["token_token"] = rows * tokens * val_tokens * (2 * (m + n) + PAIR_COST)
     return min(costs, key=costs.__getitem__)
@@ -93,8 +92,10 @@ class _Scratch(threading.local):
 
     def like(self, tensor: Tensor, numel: int) -> Tensor:
         """`numel` uninitialised elements of the tensor's dtype and device."""
+        if tensor.device.type != "cpu":  # other devices' allocators keep memory themselves, stream by stream
+            return tensor.new_empty(numel)
         kept = self.buffer
-        if kept is None or kept.numel() < numel or kept.dtype != tensor.dtype or kept.device != tensor.device:
+        if kept is None or kept.numel() < numel or kept.dtype != tensor.dtype:
             kept = self.buffer = tensor.new_empty(numel)
         return kept[:numel]
 

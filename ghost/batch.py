@@ -65,7 +65,12 @@ def sample_indices(batch_idx: Any, rows: int) -> Tensor:
             f"batch_idx has shape {tuple(given.shape)}, but the training batch has {rows} rows: give one "
             "index each."
         )
-    return given.to("cpu", torch.int64)
+    given = given.to("cpu", torch.int64)
+    if bool((given < 0).any()):
+        raise BatchError(
+            f"batch_idx has the negative entry {int(given.min())}: give running indices from 0 on."
+        )
+    return given
 
 
 def token_count(inputs: Inputs) -> int | None:
@@ -122,7 +127,7 @@ def join_inputs(train: Inputs, val: Inputs, right_padding_is_safe: bool) -> Inpu
                 f"{key!r} has a row per sample on one side only: give it alike for training and validation."
             )
         if not _has_rows(value):
-            joined[key] = value
+            joined[key] = _shared(key, value, other)
         elif value.shape[1:] != other.shape[1:] and not hidden:
             raise BatchError(_length_message(key, value, other))
         else:
@@ -149,6 +154,16 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
+def _shared(key: str, train: Any, val: Any) -> Any:
+    """A value without rows: a tensor must be one for the joint batch, anything else passes through."""
+    if isinstance(train, Tensor) and not torch.equal(train, val):
+        raise BatchError(
+            f"{key!r} is {train.item()} in training and {val.item()} in validation: a joint batch has one "
+            "value."
+        )
+    return train
+
+
 def _join(key: str, train: Tensor, val: Tensor) -> Tensor:
     if train.dtype != val.dtype:
         raise BatchError(
@@ -166,6 +181,5 @@ def _join(key: str, train: Tensor, val: Tensor) -> Tensor:
 def _length_message(key: str, train: Tensor, val: Tensor) -> str:
     return (
         f"{key!r} has rows of shape {tuple(train.shape[1:])} in training and {tuple(val.shape[1:])} in "
-        "validation: give rows of one "
-        "shape, or an attention_mask so that shorter ones can be padded."
+        "validation: give rows of one shape, or an attention_mask so that shorter ones can be padded."
     )

@@ -77,6 +77,9 @@ class GhostConfig:
     save_interval: int = 100
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            object.__setattr__(self, f.name, None if value is None else _convert(f.name, value))
         self._check_types()
         if self.bitwise and self.val_mode is not ValMode.SEPARATE:
             raise GhostConfigError(

@@ -2,18 +2,21 @@
 squared norm.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ghost.config import GhostConfig
-from ghost.instrument import find_layers, uncovered_parameters
+from ghost.discovery import find_layers, uncovered_parameters
 from ghost.selection import family
 
 
-def coverage(model: nn.Module, config: GhostConfig, val_loss: Tensor) -> dict[str, object]:
+def coverage(model: nn.Module, config: GhostConfig, val_loss: Tensor) -> dict[str, Any]:
     """Which layers are scored and how much of the model and of `∇L_val` that is.
 
-    Shared parameters count once, for the first layer that has them.
+    Shared parameters count once: in `layers` for the first that has them, in the totals if any scored layer
+    does.
 
     Args:
         val_loss: A validation loss with its graph; it is differentiated here and `.grad` is left alone.
@@ -49,13 +52,13 @@ def coverage(model: nn.Module, config: GhostConfig, val_loss: Tensor) -> dict[st
             }
         )
     total = sum(p.numel() for p in named.values())
-    scored = [row for row in rows if row["scored"]]
-    scored_parameters = sum(int(str(row["parameters"])) for row in scored)
+    scored = {id(p): p for layer in layers if config.selection.matches(layer) for p in layer.params.values()}
+    scored_parameters = sum(p.numel() for p in scored.values())
     return {
         "parameters": total,
         "scored_parameters": scored_parameters,
         "scored_parameter_share": scored_parameters / total,
-        "scored_val_grad_share": sum(float(str(row["val_grad_share"])) for row in scored),
+        "scored_val_grad_share": sum(square[key] for key in scored) / norm,
         "layers": rows,
         "unscored_parameters": uncovered_parameters(model, layers),
     }

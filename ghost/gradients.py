@@ -160,7 +160,7 @@ class OuterProducts(SampleGradients):
     def _cheapest(self, val_tokens: int) -> Algebra:
         """The cheapest algebra; `val_tokens` is 0 when the target is already a matrix."""
         b, tokens, m = self.left.shape
-        return Algebra(algebra.cheapest(b, tokens, val_tokens, m, self.right.shape[2]))
+        return Algebra(algebra.cheapest(b, tokens, val_tokens, m, self.right.shape[2], self.left.device.type))
 
 
 class RowGathers(SampleGradients):
@@ -206,7 +206,8 @@ class RowGathers(SampleGradients):
         """The sum over all samples without the table: `slots [V]` maps a row to its place in `sums [S + 1,
         d]`, S when absent.
         """
-        ids, grad = self.ids.flatten(), self.grad.flatten(0, 1)  # [S], [S, d]
+        dtype = algebra.accumulation_dtype(self.grad.dtype)
+        ids, grad = self.ids.flatten().long(), self.grad.flatten(0, 1).to(dtype)  # [S], [S, d]
         size = ids.shape[0]
         slots = ids.new_full((self.num_rows,), size)
         # Rows that occur more than once keep one of their positions, whichever: only its being unique

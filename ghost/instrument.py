@@ -1,95 +1,23 @@
-"""Find a model's layers, and swap their forwards for tapped ones while an engine is attached."""
+"""Swap a model's forwards for tapped ones while an engine is attached."""
 
 import functools
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ghost.discovery import Tie
 from ghost.errors import BatchError, UnsupportedModelError
-from ghost.layers import Layer, registered_types, rule_for
+from ghost.graph import refuse_stray_uses, scale_gradients, whole
+from ghost.layers import Layer
 from ghost.taps import Tap, TapFunction, TiedHeadFunction, TiedTableFunction
 
 Probes = dict[tuple[str, str], Tensor]
 """Zero tensors `[b]` by layer name and parameter name."""
-
-
-def find_layers(model: nn.Module) -> list[Layer]:
-    """All modules that have a rule and at least one trainable parameter of their own, in the model's order.
-
-    Raises:
-        UnsupportedModelError: A layer has a rule, but settings that cannot be handled exactly.
-    """
-    layers = []
-    for name, module in model.named_modules():
-        params = {key: p for key, p in module.named_parameters(recurse=False) if p.requires_grad}
-        rule = rule_for(module)
-        if params and rule is not None:
-            rule.check(name, module)
-            layers.append(Layer(name, module, rule, params))
-    return layers
-
-
-def uncovered_parameters(model: nn.Module, layers: list[Layer]) -> list[str]:
-    """Qualified names of the trainable parameters that no layer accounts for."""
-    covered = {id(p) for layer in layers for p in layer.params.values()}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
-
-
-def refuse_uncovered(model: nn.Module, layers: list[Layer]) -> None:
-    """Raise `UnsupportedModelError`, naming modules and parameters, where a parameter has no rule."""
-    names = uncovered_parameters(model, layers)
-    if names:
-        owners = {name.rpartition(".")[0] for name in names}
-        kinds = sorted({type(model.get_submodule(owner)).__name__ for owner in owners})
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise UnsupportedModelError(
-            f"no layer rule covers the trainable parameters {shown} (in {', '.join(kinds)}), so validation "
-            "rows would leak into "
-            "their gradients: register a rule with ghost.register_layer (there are rules for "
-            f"{', '.join(registered_types())}), "
-            "freeze them, or use val_mode='separate'."
-        )
-
-
-@dataclass(frozen=True)
-class Tie:
-    """An embedding and a later bias-free linear layer that share one matrix."""
-
-    table: Layer
-    head: Layer
-
-
-def find_ties(layers: list[Layer]) -> list[Tie]:
-    """Matrices shared by an embedding and a linear layer.
-
-    Raises:
-        UnsupportedModelError: A parameter is shared in another way, whose cross terms a joint backward does
-            not have.
-    """
-    uses: dict[int, list[tuple[Layer, str]]] = defaultdict(list)
-    for layer in layers:
-        for key, param in layer.params.items():
-            uses[id(param)].append((layer, key))
-    ties = []
-    for shared in uses.values():
-        if len(shared) == 1:
-            continue
-        tables = [layer for layer, _ in shared if isinstance(layer.module, nn.Embedding)]
-        heads = [
-            layer for layer, _ in shared if isinstance(layer.module, nn.Linear) and layer.module.bias is None
-        ]
-        if len(shared) != 2 or len(tables) != 1 or len(heads) != 1:
-            names = ", ".join(layer.qualified(key) for layer, key in shared)
-            raise UnsupportedModelError(
-                f"the parameters {names} are one tensor, and only an embedding tied to a bias-free linear "
-                "layer can be scored in one pass: use val_mode='separate', exact for every kind of sharing."
-            )
-        ties.append(Tie(tables[0], heads[0]))
-    return ties
 
 
 @dataclass
@@ -105,6 +33,7 @@ class StepState:
         targets: Validation gradients by qualified parameter name, where they are known before the forward.
         output_scale: Factor on the gradient at the model's outputs, or None.
         tied: By a tied table's name, its ids and the phantom tensors on their way to its head.
+        outputs_scaled: Whether the model's outputs have been seen and scaled.
         called: Layers that have run in this forward.
     """
 
@@ -115,8 +44,14 @@ class StepState:
     probes: Probes = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     output_scale: Tensor | None = None
+    outputs_scaled: bool = False
     tied: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
+
+    def close(self) -> None:
+        """Forwards are plain again, and nothing of the step is kept."""
+        self.active, self.output_scale, self.outputs_scaled = False, None, False
+        self.probes, self.tied, self.called = {}, {}, set()
 
 
 class ForwardSwap:
@@ -129,7 +64,15 @@ class ForwardSwap:
         """Set `module.forward` to `make(its present forward)`."""
         had_own = "forward" in module.__dict__
         original = module.forward
-        module.forward = functools.wraps(original)(make(original))
+        replacement = make(original)
+
+        @functools.wraps(getattr(original, "__func__", original))
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self is not module:  # a deep copy took this method along, and is not what is scored
+                return type(self).forward(self, *args, **kwargs)
+            return replacement(*args, **kwargs)
+
+        module.forward = MethodType(forward, module)
 
         def undo() -> None:
             if had_own:
@@ -165,7 +108,19 @@ class Instrument:
         self._uses_checked = False
 
     def attach(self) -> None:
-        """Swap the forwards."""
+        """Swap the forwards.
+
+        Raises:
+            UnsupportedModelError: A layer's forward has been replaced by someone else, and scoring would
+                bypass it.
+        """
+        for tap in self.taps:
+            if self.detach_params and "forward" in tap.layer.module.__dict__:
+                raise UnsupportedModelError(
+                    f"layer {tap.layer.name!r} has a forward of its own (another manager's, an adapter's or "
+                    "an offloading hook's), which scoring would bypass: remove it, or use "
+                    "val_mode='separate' with bitwise=True."
+                )
         for tap in self.taps:
             if tap.layer.name in self._tables:
                 run = functools.partial(self._run_table, self._tables[tap.layer.name])
@@ -218,7 +173,10 @@ class Instrument:
             if not state.active or not torch.is_grad_enabled():
                 return outputs
             self._check_parameter_uses(outputs)
-            return outputs if state.output_scale is None else scale_gradients(outputs, state.output_scale)
+            if state.output_scale is None:
+                return outputs
+            state.outputs_scaled = True
+            return scale_gradients(outputs, state.output_scale)
 
         return forward
 
@@ -244,8 +202,7 @@ class Instrument:
         if layer.name in state.called and not recomputing:
             raise UnsupportedModelError(
                 f"layer {layer.name!r} runs twice in one forward, and its cross terms need the validation "
-                "gradient beforehand: "
-                "use val_mode='separate'."
+                "gradient beforehand: use val_mode='separate'."
             )
         state.called.add(layer.name)
 
@@ -310,101 +267,10 @@ class Instrument:
         if x.shape[:2] != ids.shape:
             raise BatchError(
                 f"layer {head.name!r} got an input of shape {tuple(x.shape)}, but its tied table "
-                f"{table.name!r} ids of "
-                f"shape {tuple(ids.shape)}, which should be the first two sizes: use val_mode='separate'."
+                f"{table.name!r} ids of shape {tuple(ids.shape)}, which should be the first two sizes: use "
+                "val_mode='separate'."
             )
         return TiedHeadFunction.apply(
             tap.how, state.train_rows, self._run_untapped(head, original, x), x.detach(), ids,
             head.params["weight"], state.probes[head.name, "weight"], *slots,
         )  # fmt: skip
-
-
-def whole(output: Tensor) -> Tensor:
-    """The tensor that `output` is another shape of, or itself.
-
-    A linear layer's output is often a reshaped matrix. A tap edits its tensor in place as far as autograd is
-    concerned, and of a view autograd would then copy the whole gradient.
-    """
-    base = None if torch.compiler.is_compiling() else output._base
-    if base is None or not (base.is_contiguous() and output.is_contiguous()):
-        return output
-    return base if base.numel() == output.numel() else output
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity whose gradient is multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (factor,) = ctx.saved_tensors
-        return grads[0] * factor.to(grads[0].dtype), None
-
-
-def scale_gradients(outputs: Any, factor: Tensor) -> Any:
-    """The model's outputs (a tensor, mapping, sequence or nesting of them), each with its gradient multiplied
-    by `factor`.
-
-    Raises:
-        UnsupportedModelError: There is no tensor to be found in them.
-    """
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-        raise UnsupportedModelError(
-            f"the model's output is a {type(outputs).__name__} in which no tensor with a gradient is found: "
-            "return a tensor, tuple or dict, or use manager.step, which weighs the loss itself."
-        )
-
-    def scale(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            return _ScaleGradient.apply(leaf, factor)
-        return leaf
-
-    return torch.utils._pytree.tree_map(scale, outputs)
-
-
-_OWN_NODES = ("TapFunction", "TiedTableFunction", "TiedHeadFunction", "CompiledFunction")
-"""Graph nodes that may hold a tapped parameter: the taps', and those of compiled parts, which have taps
-inside.
-"""
-
-
-def refuse_stray_uses(outputs: Any, names: Mapping[int, str]) -> None:
-    """Raise `UnsupportedModelError` where the graph of `outputs` uses a parameter other than through its tap.
-
-    Args:
-        names: Qualified names of the tapped parameters by `id`.
-    """
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    pending = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        for source, _ in node.next_functions:
-            if source is None or (source in seen and not hasattr(source, "variable")):
-                continue
-            name = names.get(id(getattr(source, "variable", None)))
-            if name is not None and not node.name().startswith(_OWN_NODES):
-                raise UnsupportedModelError(
-                    f"the parameter {name!r} is used outside its layer (by {node.name()}), where neither its "
-                    "scores nor the validation rows' part of its gradient are known: call the layer itself."
-                )
-            seen.add(source)
-            pending.append(source)
-
-
-def refuse_mixing_layers(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError`, naming the layer, where a layer mixes the samples of a batch."""
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        if module.training or module.running_mean is None:
-            raise UnsupportedModelError(
-                f"layer {name!r} is a {type(module).__name__} that takes its statistics from the batch, so a "
-                "sample's gradient depends on the other samples: give it running statistics and put it in "
-                "eval mode (layer.eval())."
-            )

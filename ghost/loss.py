@@ -3,6 +3,7 @@ weighs.
 """
 
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,19 +47,26 @@ def infer_reduction(model: nn.Module) -> LossReduction:
     name = type(model).__name__
     if config is not None and getattr(config, "output_router_logits", False):
         raise GhostConfigError(
-            f"the loss of {name} has an auxiliary term (config.output_router_logits=True) that joint "
-            "batches cannot weigh: "
-            "use val_mode='separate'."
+            f"the loss of {name} has an auxiliary term (config.output_router_logits=True) that joint batches "
+            "cannot weigh: use val_mode='separate'."
         )
     for ending, reduction in _BY_CLASS_ENDING.items():
-        if config is not None and name.endswith(ending):
+        if config is not None and name.endswith(ending) and _is_regular(name, config):
             return reduction
     choices = ", ".join(r.value for r in LossReduction)
     raise GhostConfigError(
         f"loss_reduction cannot be inferred for {name}: set it to what the model's loss is a mean of "
-        f"({choices}), "
-        "or use val_mode='separate'."
+        f"({choices}), or use val_mode='separate'."
     )
+
+
+def _is_regular(name: str, config: Any) -> bool:
+    """Whether the class counts as its name says: some old language models do not shift, some new ones with
+    images do.
+    """
+    if name.endswith("ForConditionalGeneration"):
+        return bool(getattr(config, "is_encoder_decoder", False))
+    return not name.startswith(("XLNet", "XLM"))
 
 
 def count(labels: Tensor, reduction: LossReduction) -> Tensor:
@@ -73,4 +81,4 @@ def count(labels: Tensor, reduction: LossReduction) -> Tensor:
     if reduction is LossReduction.TOKEN_MEAN:
         return (labels != IGNORED_LABEL).sum()
     rows = labels.shape[0] if reduction is LossReduction.SAMPLE_MEAN else 1
-    return torch.tensor(rows, device=labels.device)
+    return labels.new_full((), rows, dtype=torch.int64)

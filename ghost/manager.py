@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ghost.batch import Inputs, row_count, sample_indices
 from ghost.config import GhostConfig
 from ghost.engines import Engine, LayerScores, LossFn, engine_class
-from ghost.errors import ProtocolError
+from ghost.errors import GhostConfigError, ProtocolError
 from ghost.scores import ScoreLog
 from ghost.update import SKIPPED, Update, UpdateObserver
 
@@ -50,6 +50,7 @@ class ScoredStep:
 
     def __init__(self, manager: "GhostEngineManager", X: Inputs, Y: Tensor) -> None:
         self._manager, self.X, self.Y, self.done = manager, X, Y, False
+        self._scores: Tensor | None = None
         self.inputs: dict[str, Any] = {**({"input_ids": X} if isinstance(X, Tensor) else X), "labels": Y}
 
     def backward(self, loss: Tensor) -> None:
@@ -59,8 +60,14 @@ class ScoredStep:
 
     @property
     def scores(self) -> Tensor:
-        """Scores of the step's samples so far, `[B]`; known after the with-block."""
-        return self._manager.scores
+        """Scores of the step's samples up to this micro-batch, `[B]`; known after the with-block."""
+        if self._scores is None:
+            raise ProtocolError("no scores are known yet: they are after the with-block.")
+        return self._scores
+
+    def close(self) -> None:
+        """Keep the scores, whatever the manager goes on to."""
+        self._scores = self._manager.scores
 
 
 class GhostEngineManager:
@@ -71,7 +78,7 @@ class GhostEngineManager:
             accepted).
         model: The model; wrapped by DDP or `torch.compile` is fine.
         optimizer: Its optimizer, observed for learning rates, clipping and skipped steps.
-        ddp_info: Accepted for GhostSuite's loops; ranks are taken from `torch.distributed`.
+        ddp_info: Accepted for GhostSuite's loops; this version scores one process.
         val_data: `(X_val, Y_val)`, tensors or dicts of tensors with a row per sample.
         loss_fn: `loss_fn(model, X, Y)`, the loss of a validation batch for `val_mode='separate'`; by default
             `model(**inputs, labels=Y).loss`. Under autocast it should enter autocast itself.
@@ -87,6 +94,7 @@ class GhostEngineManager:
     ) -> None:  # fmt: skip
         del ddp_info
         self.config = GhostConfig.read(config)
+        _refuse_several_processes(self.config)
         self.model = unwrap(model)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.engine: Engine = engine_class(self.config.engine)(
@@ -102,9 +110,6 @@ class GhostEngineManager:
         self._closed = False
         self.is_active = False
         self.reattach_after_evaluation()
-
-    # --- one step -------------------------------------------------------------------------------------------
-    # --------------------
 
     def attach_train_batch(
         self, X: Inputs, Y: Tensor, iteration: int, batch_idx: Sequence[int] | Tensor,
@@ -132,7 +137,7 @@ class GhostEngineManager:
             )
         sample = sample_indices(batch_idx, row_count(X, "the training batch"))
         self._share = 1.0 / self.config.gradient_accumulation_steps if share is None else share
-        self.engine.begin(X, Y, iteration, self._share)
+        self.engine.begin(X, Y, self._step is None, self._share)
         self._step = self._step or _Step(iteration)
         self._step.samples.append(sample)
         self._micro_batch_open = True
@@ -181,6 +186,7 @@ class GhostEngineManager:
         except BaseException:
             self._abandon_step()
             raise
+        scored.close()
         if last:
             self.prepare_gradients()
 
@@ -213,9 +219,6 @@ class GhostEngineManager:
             layers[layer] = layers[layer] + part if layer in layers else part
         return layers
 
-    # --- the log --------------------------------------------------------------------------------------------
-    # --------------------
-
     def aggregate_and_log(self) -> None:
         """After `optimizer.step()`: the step's rows are ready to be written."""
         if not self._complete:
@@ -241,6 +244,12 @@ class GhostEngineManager:
     def _finish_step(self) -> None:
         """Log the step, with what the optimizer made of it, and make way for the next."""
         self._write_rows()
+        if (
+            self._step is not None
+            and self._log is not None
+            and self.should_save_metrics(self._step.iteration)
+        ):
+            self._log.flush()
         self._step, self._complete = None, False
 
     def _write_rows(self) -> None:
@@ -276,9 +285,6 @@ class GhostEngineManager:
         score.index_add_(0, torch.tensor(index, device=stacked.device), stacked)
         return score.T, update.lr
 
-    # --- life -----------------------------------------------------------------------------------------------
-    # -------------------
-
     def detach_for_evaluation(self) -> None:
         """Leave the model as it was before the manager came; a micro-batch in progress is dropped."""
         if self._micro_batch_open:
@@ -288,6 +294,8 @@ class GhostEngineManager:
 
     def reattach_after_evaluation(self) -> None:
         """Make the model ready for scoring again."""
+        if self._closed:
+            raise ProtocolError("the manager has been cleaned up: make a new one.")
         self.engine.attach()
         self.is_active = True
 
@@ -326,6 +334,17 @@ class GhostEngineManager:
     def _need_open_micro_batch(self, call: str) -> None:
         if not self._micro_batch_open:
             raise ProtocolError(f"{call}() needs a training batch: call attach_train_batch() first.")
+
+
+def _refuse_several_processes(config: GhostConfig) -> None:
+    """Scores are of one process's gradient, and shards are numbered by one process."""
+    if config.engine == "regular" or not torch.distributed.is_available():
+        return
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise GhostConfigError(
+            f"engine={config.engine!r} scores one process, and world_size is "
+            f"{torch.distributed.get_world_size()}: run it in one process, or use engine='regular'."
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -37,8 +37,8 @@ class ScoreLog:
     def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         if any(directory.glob("shard-*.pt")):
             raise GhostConfigError(
-                f"result_dir has score shards of another run in {directory}: choose an empty folder, so "
-                "that none is overwritten."
+                f"result_dir has score shards of another run in {directory}: choose an empty folder, so that "
+                "none is overwritten."
             )
         self.directory, self._dtype = directory, dtype
         self._rows: list[dict[str, Tensor]] = []

@@ -45,12 +45,12 @@ class Selection:
         for key in ("include", "exclude", "families"):
             if isinstance(getattr(self, key), str):
                 raise GhostConfigError(
-                    f"layers.{key}={getattr(self, key)!r} should be a list of strings, not one string."
+                    f"layer selection: {key}={getattr(self, key)!r} should be a list, not a string."
                 )
         unknown = set(self.families) - set(FAMILIES)
         if unknown:
             raise GhostConfigError(
-                f"layers.families={sorted(unknown)} should be among {', '.join(FAMILIES)}."
+                f"layer selection: families={sorted(unknown)} should be among {', '.join(FAMILIES)}."
             )
 
     def matches(self, layer: Layer) -> bool:
@@ -69,11 +69,8 @@ class Selection:
             for pattern in patterns:
                 if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                     raise GhostConfigError(
-                        f"layers.{key} has the pattern {pattern!r}, which matches none of the layers: "
-                        f"{', '.join(names[:12])}"
-                        f"{', …' if len(names) > 12 else ''}."
+                        f"layer selection: {key} has the pattern {pattern!r}, which matches no layer: "
+                        f"{', '.join(names[:12])}{', …' if len(names) > 12 else ''}."
                     )
         if not any(self.matches(layer) for layer in layers):
-            raise GhostConfigError(
-                "the layer selection leaves nothing to score: widen layers.include or families."
-            )
+            raise GhostConfigError("the layer selection leaves nothing to score: widen include or families.")

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ghost.algebra import row_dots
+from ghost.errors import UnsupportedModelError
 from ghost.gradients import Algebra, OuterProducts, RowGathers, SampleGradients
 from ghost.layers import Layer
 
@@ -31,6 +32,11 @@ Grads = list[Tensor | None]
 def in_dtype_of(grad: Tensor, x: Tensor) -> Tensor:
     """The input as the layer computed with it: autocast runs a layer in another dtype than its input's."""
     return x.to(grad.dtype) if x.is_floating_point() else x
+
+
+def wide(grad: Tensor) -> Tensor:
+    """The gradient in a dtype that can hold products of two: float16 under a loss scale overflows."""
+    return grad.float() if grad.dtype is torch.float16 else grad
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,14 @@ class Tap(ABC):
 
     def sample_gradients(self, x: Tensor, grad: Tensor) -> list[SampleGradients]:
         """Per-sample gradients of the layer's trainable parameters, in their order."""
+        grad = wide(grad)
         found = self.layer.rule.gradients(self.layer.module, in_dtype_of(grad, x), grad)
+        missing = set(self.layer.params) - set(found)
+        if missing:
+            raise UnsupportedModelError(
+                f"the rule {type(self.layer.rule).__name__} gives no gradients for {sorted(missing)} of "
+                f"layer {self.layer.name!r}."
+            )
         return [found[name] for name in self.layer.params]
 
     @abstractmethod
@@ -116,7 +129,7 @@ class TapFunction(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, *targets = ctx.saved_tensors
-        found = ctx.tap.backward(ctx.train_rows, x, grad.view(ctx.shape), targets)
+        found = ctx.tap.backward(ctx.train_rows, x, grad.reshape(ctx.shape), targets)
         return None, None, grad, None, None, None, *found
 
 
@@ -183,8 +196,9 @@ class TiedHeadFunction(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, ids = ctx.saved_tensors
+        tied = wide(grad)
         train_ids, val_ids = ids[: ctx.train_rows].flatten(), ids[ctx.train_rows :].flatten()  # [b*T], [S]
-        train, val = OuterProducts(grad, in_dtype_of(grad, x)).split(ctx.train_rows)
+        train, val = OuterProducts(tied, in_dtype_of(tied, x)).split(ctx.train_rows)
         total, dots = train.sum_and_score(val, ctx.how)
         columns = train.left.index_select(2, val_ids)
         val_columns = val.left.flatten(0, 1).index_select(1, train_ids)

@@ -84,6 +84,13 @@ class UpdateObserver:
             clip = torch.where(norm > 0, (before @ after) / norm, torch.ones_like(norm))
             if self._scale is not None:
                 clip = clip * self._scale
+        # Fused optimizers unscale by themselves, and step on an overflow as well, doing nothing.
+        still_scaled = getattr(self._optimizer, "grad_scale", None)
+        overflow = getattr(self._optimizer, "found_inf", None)
+        if still_scaled is not None:
+            clip = clip / still_scaled.to(clip)
+        if overflow is not None:
+            clip = torch.where(overflow.to(clip) > 0, torch.zeros_like(clip), clip)
         lr = [
             torch.as_tensor(group["lr"], dtype=torch.float64).cpu() for group in self._optimizer.param_groups
         ]

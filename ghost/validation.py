@@ -7,6 +7,7 @@ the validation rows comes first, and hands every layer its part of the gradient 
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from ghost.algebra import accumulation_dtype
 from ghost.batch import Inputs, check_labels, join_inputs, join_labels, row_count, take_rows, to_device
 from ghost.config import GhostConfig
+from ghost.discovery import find_ties, refuse_uncovered
 from ghost.engines.base import LossFn
 from ghost.errors import GhostConfigError
-from ghost.instrument import Instrument, find_ties, refuse_uncovered
+from ghost.instrument import Instrument
 from ghost.layers import Layer
 from ghost.loss import LossReduction, count, infer_reduction
 from ghost.taps import ConcatTap, Tap, TargetTap, WatchTap
@@ -54,8 +56,15 @@ class Validation(ABC):
     instrument: Instrument
 
     @abstractmethod
-    def begin(self, Y: Tensor, iteration: int) -> int:
-        """Get ready for a training micro-batch with labels `Y`; returns how many validation rows join it."""
+    def begin(self, Y: Tensor, first: bool) -> int:
+        """Get ready for a training micro-batch with labels `Y`, the first of its step or a later one.
+
+        Returns how many validation rows join it.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of what was kept from step to step and can be computed again."""
 
     @abstractmethod
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
@@ -98,8 +107,9 @@ class JointValidation(Validation):
         self._reduction = config.loss_reduction or infer_reduction(model)
         self._batch = min(config.val_batch_size or self._val.rows, self._val.rows)
         self._cursor = 0
-        self._iteration: int | None = None
         self._refuse_uncounted_rows()
+        self._X, self._Y = self._val.take(self._window(0))
+        self._train_count = self._val_count = count(self._Y, self._reduction).to(self._dtype)
         scored = {layer.name: config.selection.matches(layer) for layer in layers}
         ties = [tie for tie in find_ties(layers) if scored[tie.table.name] or scored[tie.head.name]]
         scored |= {name: True for tie in ties for name in (tie.table.name, tie.head.name)}
@@ -118,14 +128,17 @@ class JointValidation(Validation):
         """A step's validation rows, from row `first` on; the first row follows the last."""
         return (first + torch.arange(self._batch, device=self._val.Y.device)) % self._val.rows
 
-    def begin(self, Y: Tensor, iteration: int) -> int:
-        self._train_count = count(Y, self._reduction).to(self._dtype)
-        if iteration != self._iteration:  # a step's micro-batches meet the same validation rows
+    def begin(self, Y: Tensor, first: bool) -> int:
+        # A batch without a counted label has no mean; with a count of one its gradient and scores are zero.
+        self._train_count = count(Y, self._reduction).clamp(min=1).to(self._dtype)
+        if first:  # a step's micro-batches meet the same validation rows
             self._X, self._Y = self._val.take(self._window(self._cursor))
             self._cursor = (self._cursor + self._batch) % self._val.rows
-            self._iteration = iteration
-        self._val_count = count(self._Y, self._reduction).to(self._dtype)
+            self._val_count = count(self._Y, self._reduction).to(self._dtype)
         return self._batch
+
+    def release(self) -> None:
+        """Nothing is kept but the rows."""
 
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
         causal = self._reduction is LossReduction.CAUSAL_TOKEN_MEAN
@@ -138,6 +151,8 @@ class JointValidation(Validation):
 
     def score_factor(self, share: float | Tensor, scale: Tensor | None) -> Tensor:
         ratio = self._train_count / self._val_count  # 1 for a sum
+        if not isinstance(share, Tensor) and share == 0:  # nothing counted in this micro-batch
+            return torch.zeros_like(ratio)
         # The probes hold products of two scaled gradients; the training side keeps its share of the step's
         # loss.
         return ratio / share if scale is None else ratio / (share * scale * scale)
@@ -148,7 +163,7 @@ class SeparateValidation(Validation):
 
     def __init__(
         self, model: nn.Module, layers: list[Layer], config: GhostConfig,
-        val_data: tuple[Inputs, Tensor] | None, loss_fn: LossFn | None,
+        val_data: tuple[Inputs, Tensor] | None, loss_fn: LossFn | None, scaler: Any,
     ) -> None:  # fmt: skip
         self._model, self._loss_fn, self._every = model, loss_fn or model_loss, config.val_every
         scored = [layer for layer in layers if config.selection.matches(layer)]
@@ -164,26 +179,39 @@ class SeparateValidation(Validation):
         taps: list[Tap] = [make(layer, True, config.algebra) for layer in scored]
         self.instrument = Instrument(model, taps, [], detach_params=not config.bitwise)
         self._names = {layer.qualified(key): p for layer in scored for key, p in layer.params.items()}
-        self._last: int | None = None
+        self._device = parameter.device
+        self._scaler = scaler
+        self._age: int | None = None  # steps since the validation gradient was taken
 
-    def begin(self, Y: Tensor, iteration: int) -> int:
-        if self._last is None or iteration - self._last >= self._every:
-            self.instrument.state.targets = self.val_grad()
-            self._last = iteration
+    def begin(self, Y: Tensor, first: bool) -> int:
+        if first:
+            self._age = None if self._age is None else self._age + 1
+            if self._age is None or self._age >= self._every:
+                self.instrument.state.targets, self._age = self.val_grad(), 0
         return 0
+
+    def release(self) -> None:
+        self.instrument.state.targets, self._age = {}, None
 
     def val_grad(self) -> dict[str, Tensor]:
         """`∇L_val` by qualified parameter name, over all validation rows, in float32 at least."""
         params = {id(p): p for p in self._names.values()}
         total = {key: torch.zeros_like(p, dtype=self._dtype) for key, p in params.items()}
+        scale = 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self._device))
         for weight, X, Y in self._micro_batches:
-            with torch.random.fork_rng(enabled=True), torch.enable_grad():
+            with torch.random.fork_rng(self._cuda_devices()), torch.enable_grad():
                 loss = self._loss_fn(self._model, X, Y)
+                if self._scaler is not None:  # float16 gradients would underflow as training's would
+                    loss = self._scaler.scale(loss)
                 grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
             for key, grad in zip(params, grads, strict=True):
                 if grad is not None:
-                    total[key] += grad.to(self._dtype) * weight
+                    total[key] += grad.to(self._dtype) * (weight / scale)
         return {name: total[id(p)] for name, p in self._names.items()}
+
+    def _cuda_devices(self) -> list[torch.device]:
+        """GPUs whose random state the validation pass draws from."""
+        return [self._device] if self._device.type == "cuda" else []
 
     def _split(self) -> list[tuple[float, Inputs, Tensor]]:
         """Weight, inputs and labels of each micro-batch; the weights make the losses' sum the loss of all

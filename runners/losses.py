@@ -69,6 +69,10 @@ class Task:
     dtype: torch.dtype
     device: torch.device
 
+    def cuda_devices(self) -> list[torch.device]:
+        """The GPUs whose random state a pass draws from."""
+        return [self.device] if self.device.type == "cuda" else []
+
     def place(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
         """A batch on the run's device. Tables and images get the weights' dtype; token ids stay integers."""
         X = X.to(self.dtype) if isinstance(X, Tensor) and X.is_floating_point() else X

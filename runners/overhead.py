@@ -46,7 +46,7 @@ class OverheadMeter:
         """
         began = self.now()
         params = [p for p in self._model.parameters() if p.requires_grad]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(self._task.cuda_devices()):
             for _ in range(self._warm_ups + 1):
                 pass_began = self.now()
                 torch.autograd.grad(self._task.mean(self._model, X, Y), params)

@@ -184,13 +184,13 @@ def write_coverage(
     """Measure on the validation rows of one step what the scores will speak of."""
     X, Y = val_data
     rows = slice(0, config.val_batch_size)
-    with torch.random.fork_rng():  # dropout here must not change what the training draws
+    with torch.random.fork_rng(task.cuda_devices()):  # dropout here must not change what the training draws
         report = coverage(model, config, task.mean(model, take_rows(X, rows), Y[rows]))
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     log.info(
         "Scoring %.1f %% of %d trainable parameters and %.1f %% of the validation gradient's squared norm",
-        100 * float(str(report["scored_parameter_share"])), report["parameters"],
-        100 * float(str(report["scored_val_grad_share"])),
+        100 * report["scored_parameter_share"], report["parameters"],
+        100 * report["scored_val_grad_share"],
     )  # fmt: skip
 
 

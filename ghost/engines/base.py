@@ -45,12 +45,12 @@ class Engine(ABC):
         """Leave the model as it was before `attach`."""
 
     @abstractmethod
-    def begin(self, X: Inputs, Y: Tensor, iteration: int, share: float | Tensor) -> None:
+    def begin(self, X: Inputs, Y: Tensor, first: bool, share: float | Tensor) -> None:
         """Before a training micro-batch's forward.
 
         Args:
             X, Y: The training rows.
-            iteration: The step.
+            first: Whether this is the first micro-batch of its step.
             share: The factor on this micro-batch's loss in the step's loss.
         """
 
@@ -80,9 +80,14 @@ class Engine(ABC):
 _ENGINES: dict[str, type[Engine]] = {}
 
 
+def normalised(name: str) -> str:
+    """The name as it is looked up: `GradDotProd`, `grad_dot_prod` and `graddotprod` are one."""
+    return name.lower().replace("_", "")
+
+
 def register_engine(engine: type[Engine]) -> type[Engine]:
     """Class decorator: the manager finds the engine by its `name`."""
-    _ENGINES[engine.name] = engine
+    _ENGINES[normalised(engine.name)] = engine
     return engine
 
 
@@ -92,6 +97,6 @@ def engine_class(name: str) -> type[Engine]:
     Raises:
         GhostConfigError: There is none.
     """
-    if name not in _ENGINES:
+    if normalised(name) not in _ENGINES:
         raise GhostConfigError(f"engine={name!r} should be one of {', '.join(sorted(_ENGINES))}.")
-    return _ENGINES[name]
+    return _ENGINES[normalised(name)]

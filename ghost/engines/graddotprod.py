@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ghost.algebra import accumulation_dtype
 from ghost.batch import Inputs, check_labels, row_count, token_count
 from ghost.config import GhostConfig, ValMode
+from ghost.discovery import find_layers, refuse_mixing_layers
 from ghost.engines.base import Engine, LayerScores, LossFn, register_engine
 from ghost.errors import ProtocolError, UnsupportedModelError
-from ghost.instrument import find_layers, refuse_mixing_layers
+from ghost.instrument import StepState
 from ghost.layers import Layer, registered_types
 from ghost.validation import JointValidation, SeparateValidation, Validation
 
@@ -27,7 +28,7 @@ class GradDotProdEngine(Engine):
 
         engine = GradDotProdEngine(model, GhostConfig(val_batch_size=2), (X_val, Y_val))
         engine.attach()
-        engine.begin(X, Y, iteration, share=1.0)
+        engine.begin(X, Y, first=True, share=1.0)
         X_fwd, Y_fwd = engine.forward_inputs(X, Y)
         engine.scale_outputs()
         model(input_ids=X_fwd, labels=Y_fwd).loss.backward()
@@ -55,16 +56,17 @@ class GradDotProdEngine(Engine):
         self.validation: Validation = (
             JointValidation(model, self.layers, config, val_data)
             if config.val_mode is ValMode.CONCAT
-            else SeparateValidation(model, self.layers, config, val_data, loss_fn)
+            else SeparateValidation(model, self.layers, config, val_data, loss_fn, scaler)
         )
-        parameter = next(iter(self.layers[0].params.values()))
-        self._device = parameter.device
-        self.score_dtype = config.score_dtype or accumulation_dtype(parameter.dtype)
+        self._parameter = next(iter(self.layers[0].params.values()))
+        self.score_dtype = config.score_dtype or accumulation_dtype(self._parameter.dtype)
+        self._trainable = _trainable(model)
+        self._share: float | Tensor = 1.0
         self._scored = {layer.name for layer in self.layers if config.selection.matches(layer)}
         self._attached = False
 
     @property
-    def state(self) -> Any:
+    def state(self) -> StepState:
         """What the swapped forwards read."""
         return self.validation.instrument.state
 
@@ -75,21 +77,27 @@ class GradDotProdEngine(Engine):
 
     def detach(self) -> None:
         self.abandon()
+        self.validation.release()
         self.validation.instrument.detach()
         self._attached = False
 
-    def begin(self, X: Inputs, Y: Tensor, iteration: int, share: float | Tensor) -> None:
+    def begin(self, X: Inputs, Y: Tensor, first: bool, share: float | Tensor) -> None:
         if not self._attached:
             raise ProtocolError("the engine is detached: call attach() before a step.")
+        if _trainable(self.model) != self._trainable:
+            raise UnsupportedModelError(
+                "the trainable parameters have changed since the manager was made (frozen, unfrozen or "
+                "added), so it does not know all of them: make a new manager."
+            )
         refuse_mixing_layers(self.model)
         rows = row_count(X, "the training batch")
         check_labels(Y, rows, "the training batch")
         state = self.state
-        state.active, state.output_scale, self._share = False, None, share
-        val_rows = self.validation.begin(Y, iteration)
+        state.close()
+        self._share = share
+        val_rows = self.validation.begin(Y, first)
         state.rows, state.train_rows, state.tokens = rows + val_rows, rows, token_count(X)
-        state.called.clear()
-        state.probes = self.validation.instrument.new_probes(self.score_dtype, self._device)
+        state.probes = self.validation.instrument.new_probes(self.score_dtype, self._parameter.device)
         state.active = True
 
     def forward_inputs(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
@@ -115,6 +123,13 @@ class GradDotProdEngine(Engine):
             raise ProtocolError(
                 "no score was computed: run forward and backward on forward_inputs before collecting."
             )
+        if state.output_scale is not None and not state.outputs_scaled:
+            self.abandon()
+            raise ProtocolError(
+                f"the loss did not come from a call of the {type(self.model).__name__} itself, so the "
+                "validation rows' weight is still in the gradients: call the model as a whole, or use "
+                "manager.step with step.backward(loss)."
+            )
         factor = self.validation.score_factor(self._share, self._loss_scale())
         scores = {
             key: state.probes[key].detach() if grad is None else grad * factor
@@ -125,12 +140,15 @@ class GradDotProdEngine(Engine):
         return scores
 
     def abandon(self) -> None:
-        state = self.state
-        state.active, state.output_scale = False, None
-        state.probes, state.tied = {}, {}
+        self.state.close()
 
     def _loss_scale(self) -> Tensor | None:
         """The GradScaler's present factor, as a tensor."""
         if self.scaler is None or not self.scaler.is_enabled():
             return None
-        return self.scaler.scale(torch.ones((), device=self._device))
+        return self.scaler.scale(torch.ones((), device=self._parameter.device))
+
+
+def _trainable(model: nn.Module) -> tuple[int, ...]:
+    """Which parameters are trained, to notice a change."""
+    return tuple(id(p) for p in model.parameters() if p.requires_grad)

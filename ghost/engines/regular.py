@@ -18,7 +18,7 @@ class RegularEngine(Engine):
     def detach(self) -> None:
         """Nothing to undo."""
 
-    def begin(self, X: Inputs, Y: Tensor, iteration: int, share: float | Tensor) -> None:
+    def begin(self, X: Inputs, Y: Tensor, first: bool, share: float | Tensor) -> None:
         """Nothing to note."""
 
     def forward_inputs(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:

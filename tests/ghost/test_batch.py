@@ -20,7 +20,7 @@ def test_rows_of_every_key_are_joined_and_the_rest_passes_through() -> None:
         "input_ids": ids[:2] + 100,
         "pixels": torch.randn(2, 3, 2, 2),
         "name": "y",
-        "scalar": torch.tensor(8),
+        "scalar": torch.tensor(7),
     }
     joined = join_inputs(train, val, right_padding_is_safe=False)
     assert isinstance(joined, dict)
@@ -29,6 +29,8 @@ def test_rows_of_every_key_are_joined_and_the_rest_passes_through() -> None:
     assert torch.equal(joined["pixels"], torch.cat([train["pixels"], val["pixels"]]))
     assert joined["name"] == "x"
     assert joined["scalar"] is train["scalar"]
+    with pytest.raises(BatchError, match=r"'scalar' is 7 in training and 8 in validation"):
+        join_inputs(train, val | {"scalar": torch.tensor(8)}, right_padding_is_safe=False)
 
 
 def test_shorter_rows_are_padded_on_the_right() -> None:

@@ -1,5 +1,6 @@
 """Attaching changes no number of a plain model; detaching leaves no trace."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -58,18 +59,51 @@ def test_detaching_restores_the_model(mode: dict[str, Any]) -> None:
     assert torch.equal(model(X).logits, output)
 
 
-@each_mode
-def test_a_forward_of_the_models_own_is_put_back(mode: dict[str, Any]) -> None:
+def test_a_forward_of_the_models_own_is_put_back() -> None:
     model = mlp()
     own = model[0].forward
     model[0].forward = own
+    watching = {"val_mode": "separate", "bitwise": True, "loss_reduction": "sample_mean"}
     manager = GhostEngineManager(
-        mode | {"loss_reduction": "sample_mean"}, model, torch.optim.SGD(model.parameters(), lr=0.1),
-        val_data=table(2), loss_fn=class_loss,
-    )  # fmt: skip
+        watching, model, torch.optim.SGD(model.parameters(), lr=0.1), val_data=table(2), loss_fn=class_loss
+    )
     assert model[0].forward is not own
     manager.cleanup()
     assert model[0].forward is own
+
+
+@pytest.mark.parametrize("val_mode", ["concat", "separate"])
+def test_a_forward_of_the_models_own_is_not_bypassed(val_mode: str) -> None:
+    model = mlp()
+    model[0].forward = model[0].forward
+    with pytest.raises(UnsupportedModelError, match="layer '0' has a forward of its own"):
+        GhostEngineManager(
+            {"val_mode": val_mode, "loss_reduction": "sample_mean"}, model,
+            torch.optim.SGD(model.parameters(), lr=0.1), val_data=table(2), loss_fn=class_loss,
+        )  # fmt: skip
+    assert "forward" not in vars(model[2])
+
+
+@each_mode
+def test_a_deep_copy_is_a_model_of_its_own(mode: dict[str, Any]) -> None:
+    model, X = tiny_gpt2(), tokens(4, 9)
+    manager = manager_for(model, mode)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert copied(X).logits.abs().max() == 0
+        assert model(X).logits.abs().max() > 0
+    manager.cleanup()
+
+
+@each_mode
+def test_a_change_of_what_is_trained_is_noticed(mode: dict[str, Any]) -> None:
+    model, X = tiny_gpt2(), tokens(4, 9)
+    manager = manager_for(model, mode)
+    model.transformer.h[0].ln_1.weight.requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match="trainable parameters have changed"):
+        scored(manager, model, X, 0)
 
 
 @each_mode

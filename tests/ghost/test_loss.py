@@ -1,5 +1,7 @@
 """What a loss counts, and how it is known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -41,8 +43,16 @@ def test_labels_without_positions_cannot_be_shifted() -> None:
     ],
 )
 def test_reductions_of_hugging_face_classes(name: str, reduction: LossReduction) -> None:
-    model = type(name, (nn.Module,), {"config": object()})()
+    config = SimpleNamespace(is_encoder_decoder=name.startswith("T5"))
+    model = type(name, (nn.Module,), {"config": config})()
     assert infer_reduction(model) is reduction
+
+
+@pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "XLNetLMHeadModel", "XLMWithLMHeadModel"])
+def test_classes_that_do_not_count_as_their_name_says_are_asked(name: str) -> None:
+    model = type(name, (nn.Module,), {"config": SimpleNamespace()})()
+    with pytest.raises(GhostConfigError, match=f"cannot be inferred for {name}"):
+        infer_reduction(model)
 
 
 def test_gpt2() -> None:

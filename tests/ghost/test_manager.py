@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ghost import (
+    Algebra,
     BatchError,
+    GhostConfig,
     GhostConfigError,
     GhostEngineManager,
     GhostError,
     LossReduction,
     ProtocolError,
+    ValMode,
 )
 from ghost.batch import Inputs
 from ghost.values import accumulate, read_shards
@@ -597,25 +600,103 @@ def test_every_error_of_the_library_is_one_kind() -> None:
         assert issubclass(error, GhostError)
 
 
-# --- wrapped models -----------------------------------------------------------------------------------------
+# --- what a loop may do without thinking of it --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("iterations", [[0, 1, 0, 1], [0, 0, 0, 0]])
+@each_mode
+def test_steps_are_told_apart_whatever_is_counted(mode: dict[str, Any], iterations: list[int]) -> None:
+    run = Run(mode | {"val_batch_size": 1 if mode["val_mode"] == "concat" else 3})
+    for step, iteration in enumerate(iterations):
+        rows = slice(step % 3, step % 3 + 1) if mode["val_mode"] == "concat" else slice(None)
+        val = (run.val[0][rows], run.val[1][rows])
+        expected = reference.scores(run.model, class_loss, run.train, val, BY_SAMPLE)
+        assert_near(run.step(iteration), expected)
+
+
+def test_scores_of_a_step_stay_its_own() -> None:
+    run = Run()
+    kept = []
+    for t in range(2):
+        run.optimizer.zero_grad()
+        with run.manager.step(*run.train, batch_idx=range(6), iteration=t) as step:
+            with pytest.raises(ProtocolError, match="after the with-block"):
+                _ = step.scores
+            step.backward(class_loss(run.model, step.X, step.Y))
+        kept.append((step, run.manager.scores.clone()))
+        run.optimizer.step()
+    assert not torch.equal(kept[0][1], kept[1][1])
+    for step, scores in kept:
+        assert torch.equal(step.scores, scores)
+
+
+def test_the_short_form_writes_shards_as_it_goes(tmp_path: Path) -> None:
+    run = Run({"result_dir": tmp_path, "save_interval": 2})
+    for t in range(5):
+        run.step(t)
+    assert [shard["step"].unique().tolist() for shard in read_shards(tmp_path / "scores")] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_fused_optimizer_unscales_by_itself(tmp_path: Path, overflow: bool) -> None:
+    run = scaled_run(tmp_path, {"val_mode": "concat"}, 2.0**10)
+    run.manager.cleanup()
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.1, fused=True)
+    config = {"loss_reduction": "sample_mean", "result_dir": tmp_path / "fused"}
+    run.manager = GhostEngineManager(
+        config, run.model, run.optimizer, val_data=run.val, loss_fn=class_loss, scaler=run.scaler
+    )
+    run.backward(0)
+    if overflow:
+        next(run.model.parameters()).grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    assert_near(run.rows(tmp_path / "fused")["clip"], torch.full((6,), 0.0 if overflow else 1.0), 1e-6)
+
+
+def test_settings_are_the_same_given_as_words() -> None:
+    words: dict[str, Any] = {"val_mode": "concat", "loss_reduction": "sample_mean", "algebra": "fused"}
+    assert GhostConfig(**words, score_dtype="float64") == GhostConfig(
+        val_mode=ValMode.CONCAT, loss_reduction=BY_SAMPLE, algebra=Algebra.FUSED, score_dtype=torch.float64
+    )
+
+
+def test_the_protocol_form_needs_a_call_of_the_model_as_a_whole() -> None:
+    run = Run()
+    run.manager.attach_train_batch(*run.train, 0, range(6))
+    X, Y = run.manager.prepare_forward_input(*run.train)
+    hidden = X
+    for module in run.model:
+        hidden = module(hidden)
+    nn.functional.cross_entropy(hidden, Y).backward()
+    with pytest.raises(ProtocolError, match="call the model as a whole"):
+        run.manager.prepare_gradients()
 
 
 @each_mode
-def test_a_model_inside_distributed_data_parallel(mode: dict[str, Any], tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        inner, X, V = tiny_gpt2(), tokens(4, 9), tokens(3, 9)
-        expected = reference.scores(inner, causal_loss, (X, X), (V, V), CAUSAL)
-        plain = reference.gradient(inner, causal_loss(inner, X, X))
-        model = nn.parallel.DistributedDataParallel(inner)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        manager = GhostEngineManager(mode, model, optimizer, val_data=(V, V), loss_fn=causal_loss)
-        assert manager.model is inner
-        with manager.step(X, X, batch_idx=range(4), iteration=0) as step:
-            step.backward(causal_loss(model, step.X, step.Y))
-        assert_near(manager.scores, expected)
-        assert_gradients(grads_of(inner), plain)
-        manager.cleanup()
-        assert not any("forward" in vars(module) for module in inner.modules())
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_batch_without_a_counted_label_weighs_nothing(mode: dict[str, Any]) -> None:
+    model, X, V = tiny_gpt2(), tokens(4, 9), tokens(3, 9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    manager = GhostEngineManager(mode, model, optimizer, val_data=(V, V), loss_fn=causal_loss)
+    parts = [(X[:2], X[:2]), (X[2:], torch.full_like(X[2:], -100))]
+    for i, (x, y) in enumerate(parts):
+        with manager.step(x, y, batch_idx=range(2), iteration=0, share=1.0 - i, last=bool(i)) as step:
+            logits = model(step.X).logits[:, :-1].flatten(0, 1)
+            losses = nn.functional.cross_entropy(logits, step.Y[:, 1:].flatten(), reduction="sum")
+            step.backward(losses / (step.Y[:, 1:] != -100).sum().clamp(min=1))
+    expected = reference.scores(model, causal_loss, (X[:2], X[:2]), (V, V), LossReduction.CAUSAL_TOKEN_MEAN)
+    assert_near(manager.scores, torch.cat([expected, torch.zeros(2, dtype=expected.dtype)]))
+
+
+def test_a_manager_that_was_cleaned_up_stays_so() -> None:
+    run = Run()
+    run.manager.cleanup()
+    with pytest.raises(ProtocolError, match="make a new one"):
+        run.manager.reattach_after_evaluation()
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(GhostConfigError, match="world_size is 2"):
+        Run()

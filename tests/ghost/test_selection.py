@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from ghost import GhostConfigError, Selection
-from ghost.instrument import find_layers
+from ghost.discovery import find_layers
 from ghost.selection import FAMILIES, family
 from tests.ghost.models import mlp, tiny_gpt2
 
@@ -56,13 +56,19 @@ def test_patterns() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"include": ["*.nothing"]}, r"layers.include has the pattern '\*.nothing'.*transformer.wte.*…"),
-        ({"exclude": ["encoder.*"]}, r"layers.exclude has the pattern 'encoder.\*', which matches none"),
+        (
+            {"include": ["*.nothing"]},
+            r"include has the pattern '\*.nothing'.*transformer.wte.*…",
+        ),
+        (
+            {"exclude": ["encoder.*"]},
+            r"layer selection: exclude has the pattern 'encoder.\*'",
+        ),
         ({"exclude": ["*"]}, r"leaves nothing to score"),
         ({"include": ["lm_head"], "families": ["mlp"]}, r"leaves nothing to score"),
-        ({"families": ["attention"]}, r"layers.families=\['attention'\] should be among attn, mlp"),
-        ({"include": "*.mlp.*"}, r"layers.include='\*.mlp.\*' should be a list of strings"),
-        ({"families": "mlp"}, r"layers.families='mlp' should be a list"),
+        ({"families": ["attention"]}, r"layer selection: families=\['attention'\] should be among attn, mlp"),
+        ({"include": "*.mlp.*"}, r"layer selection: include='\*.mlp.\*' should be a list"),
+        ({"families": "mlp"}, r"layer selection: families='mlp' should be a list"),
     ],
 )
 def test_selections_that_cannot_work(options: dict[str, Any], message: str) -> None:

@@ -316,7 +316,7 @@ def test_batch_norm_in_training_mode_is_refused_by_name() -> None:
     config = {"val_mode": "separate"}
     with pytest.raises(UnsupportedModelError, match=r"'1' is a BatchNorm1d.*eval"):
         scored_step(model, config, table(6), table(3), class_loss)
-    model[1] = nn.BatchNorm1d(6, track_running_stats=False).double().eval()
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, track_running_stats=False)).double().eval()
     with pytest.raises(UnsupportedModelError, match=r"'1' is a BatchNorm1d.*statistics"):
         scored_step(model, config, table(6), table(3), class_loss)
 
@@ -369,7 +369,7 @@ def test_usable_on_its_own() -> None:
     model, train, val = tiny_gpt2(), rows(4, 9), rows(2, 9)
     engine = GradDotProdEngine(model, GhostConfig(val_batch_size=2), val)
     engine.attach()
-    engine.begin(*train, iteration=0, share=1.0)
+    engine.begin(*train, first=True, share=1.0)
     X, Y = engine.forward_inputs(*train)
     engine.scale_outputs()
     model(input_ids=X, labels=Y).loss.backward()
@@ -382,11 +382,11 @@ def test_usable_on_its_own() -> None:
 def test_calls_out_of_order() -> None:
     engine = GradDotProdEngine(mlp(), GhostConfig(loss_reduction=LossReduction.SAMPLE_MEAN), table(2))
     with pytest.raises(ProtocolError, match=r"detached: call attach"):
-        engine.begin(*table(4), iteration=0, share=1.0)
+        engine.begin(*table(4), first=True, share=1.0)
     engine.attach()
     with pytest.raises(ProtocolError, match=r"no step to collect"):
         engine.collect()
-    engine.begin(*table(4), iteration=0, share=1.0)
+    engine.begin(*table(4), first=True, share=1.0)
     with pytest.raises(ProtocolError, match=r"no score was computed"):
         engine.collect()
 

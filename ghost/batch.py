@@ -14,9 +14,6 @@ from ghost.loss import IGNORED_LABEL
 
 Inputs = Tensor | Mapping[str, Any]
 
-_PAD_VALUES = {"labels": IGNORED_LABEL}
-"""What is appended to shorter rows, by key; 0 for all others (a masked-out or never-counted position)."""
-
 
 def row_count(inputs: Inputs, what: str) -> int:
     """Number of samples in a batch.
@@ -93,7 +90,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in inputs.items()}
 
 
-def join_inputs(train: Inputs, val: Inputs, right_padding_is_safe: bool) -> Inputs:
+def join_inputs(train: Inputs, val: Inputs, right_padding_is_safe: bool, pad_id: int = 0) -> Inputs:
     """Training rows, then validation rows, of every tensor.
 
     Rows of different lengths are padded on the right. That changes nothing where later positions cannot be
@@ -106,7 +103,7 @@ def join_inputs(train: Inputs, val: Inputs, right_padding_is_safe: bool) -> Inpu
     if isinstance(train, Tensor) and isinstance(val, Tensor):
         if train.shape[1:] != val.shape[1:] and not right_padding_is_safe:
             raise BatchError(_length_message("inputs", train, val))
-        return _join("inputs", train, val)
+        return _join("inputs", train, val, pad_id)
     if isinstance(train, Tensor) or isinstance(val, Tensor):
         raise BatchError(
             f"training inputs are a {type(train).__name__} and validation inputs a {type(val).__name__}: "
@@ -131,13 +128,13 @@ def join_inputs(train: Inputs, val: Inputs, right_padding_is_safe: bool) -> Inpu
         elif value.shape[1:] != other.shape[1:] and not hidden:
             raise BatchError(_length_message(key, value, other))
         else:
-            joined[key] = _join(key, value, other)
+            joined[key] = _join(key, value, other, pad_id if key == "input_ids" else 0)
     return joined
 
 
 def join_labels(train: Tensor, val: Tensor) -> Tensor:
     """Training labels, then validation labels; shorter rows end in -100."""
-    return _join("labels", train, val)
+    return _join("labels", train, val, IGNORED_LABEL)
 
 
 def _with_masks(train: Mapping[str, Any], val: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -164,7 +161,7 @@ def _shared(key: str, train: Any, val: Any) -> Any:
     return train
 
 
-def _join(key: str, train: Tensor, val: Tensor) -> Tensor:
+def _join(key: str, train: Tensor, val: Tensor, pad: int) -> Tensor:
     if train.dtype != val.dtype:
         raise BatchError(
             f"{key!r} is {train.dtype} in training and {val.dtype} in validation: give both alike."
@@ -174,7 +171,6 @@ def _join(key: str, train: Tensor, val: Tensor) -> Tensor:
     if train.dim() != 2 or val.dim() != 2 or train.is_floating_point():
         raise BatchError(_length_message(key, train, val))
     length = max(train.shape[1], val.shape[1])
-    pad = _PAD_VALUES.get(key, 0)
     return torch.cat([F.pad(t, (0, length - t.shape[1]), value=pad) for t in (train, val)])
 
 

@@ -76,7 +76,7 @@ class GhostEngineManager:
     Args:
         config: Settings, as `GhostConfig` or any mapping or object with its field names (GhostSuite's are
             accepted).
-        model: The model; wrapped by DDP or `torch.compile` is fine.
+        model: The model; wrapped by `torch.compile`, or by DDP in one process, is fine.
         optimizer: Its optimizer, observed for learning rates, clipping and skipped steps.
         ddp_info: Accepted for GhostSuite's loops; this version scores one process.
         val_data: `(X_val, Y_val)`, tensors or dicts of tensors with a row per sample.
@@ -173,6 +173,7 @@ class GhostEngineManager:
             X, Y, batch_idx, iteration, share: As for `attach_train_batch`.
             last: Whether this is the step's last micro-batch.
         """
+        finished = False
         try:
             self.attach_train_batch(X, Y, iteration, batch_idx, share)
             scored = ScoredStep(self, *self.engine.forward_inputs(X, Y))
@@ -183,9 +184,10 @@ class GhostEngineManager:
                     "validation rows' weight in the gradient."
                 )
             self._close_micro_batch()
-        except BaseException:
-            self._abandon_step()
-            raise
+            finished = True
+        finally:
+            if not finished:
+                self._abandon_step()
         scored.close()
         if last:
             self.prepare_gradients()

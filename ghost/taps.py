@@ -4,8 +4,8 @@ its probes.
 A tapped layer runs on detached parameters, so autograd itself finds only the gradient of its input. The tap
 on its output receives the output's gradient, takes the layer's per-sample gradients from it, and returns
 
-* for the parameters: the gradient of the *training* rows alone, which lands in `.grad` like any other (DDP,
-  clipping and optimizers see an ordinary step);
+* for the parameters: the gradient of the *training* rows alone, which lands in `.grad` like any other
+  (clipping and optimizers see an ordinary step);
 * for the probes (zero tensors with one entry per training sample, which take no part in the forward): the
   inner products `⟨∇L_val, g_i⟩`. Autograd adds them up over uses and micro-batches.
 

@@ -106,6 +106,7 @@ class JointValidation(Validation):
         self._val = ValidationRows(val_data, parameter.device)
         self._reduction = config.loss_reduction or infer_reduction(model)
         self._batch = min(config.val_batch_size or self._val.rows, self._val.rows)
+        self._pad_id = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self._cursor = 0
         self._refuse_uncounted_rows()
         self._X, self._Y = self._val.take(self._window(0))
@@ -142,7 +143,8 @@ class JointValidation(Validation):
 
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
         causal = self._reduction is LossReduction.CAUSAL_TOKEN_MEAN
-        return join_inputs(X, self._X, right_padding_is_safe=causal), join_labels(Y, self._Y)
+        joined = join_inputs(X, self._X, right_padding_is_safe=causal, pad_id=self._pad_id)
+        return joined, join_labels(Y, self._Y)
 
     def loss_factor(self) -> Tensor | None:
         if self._reduction is LossReduction.SUM:

@@ -26,7 +26,11 @@ class LayerRule(ABC):
 
     @abstractmethod
     def forward(self, module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The layer's own computation with `params` in place of its parameters; must return a new tensor."""
+        """The layer's own computation with `params` in place of its parameters.
+
+        Must return a new tensor that its own backward does not need again (as `tanh` and `exp` need theirs):
+        the tap marks it as changed in place.
+        """
 
     @abstractmethod
     def gradients(self, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, SampleGradients]:

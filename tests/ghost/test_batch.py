@@ -36,9 +36,10 @@ def test_rows_of_every_key_are_joined_and_the_rest_passes_through() -> None:
 def test_shorter_rows_are_padded_on_the_right() -> None:
     train = {"input_ids": torch.ones(2, 3).long()}
     val = {"input_ids": torch.ones(1, 5).long()}
-    joined = join_inputs(train, val, right_padding_is_safe=True)
-    assert isinstance(joined, dict)
-    assert joined["input_ids"].tolist() == [[1, 1, 1, 0, 0]] * 2 + [[1] * 5]
+    for pad_id in (0, 7):
+        joined = join_inputs(train, val, right_padding_is_safe=True, pad_id=pad_id)
+        assert isinstance(joined, dict)
+        assert joined["input_ids"].tolist() == [[1, 1, 1, pad_id, pad_id]] * 2 + [[1] * 5]
     assert join_labels(train["input_ids"], val["input_ids"]).tolist() == [[1, 1, 1, -100, -100]] * 2 + [
         [1] * 5
     ]

@@ -15,7 +15,7 @@ from runners.data.base import Batch, SampleSet
 from runners.data.loader import eval_batches
 from runners.environment import peak_device_memory_bytes, peak_memory_bytes
 from runners.losses import Task
-from runners.overhead import OverheadMeter
+from runners.overhead import OverheadMeter, Probe
 from runners.progress import StatusLine
 from runners.tracking import NullTracker
 
@@ -62,6 +62,7 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         self._overhead = OverheadMeter(self.cfg, self.model, self.task)
         self._optimizer_seconds = 0.0  # of the latest step
+        self._probe: Probe | None = None
 
     def run(self) -> float:
         """All steps; returns the last validation loss."""
@@ -85,6 +86,7 @@ class TrainingLoop:
         parts = [next(self.batches) for _ in range(self.cfg.trainer.gradient_accumulation_steps)]
         counts = [int(count(batch.labels, self.task.reduction)) for batch in parts]
         self.optimizer.zero_grad(set_to_none=True)
+        self._compare_last_probe()
         loss_sum = torch.zeros((), device=self.task.device)
         for number, (batch, counted) in enumerate(zip(parts, counts, strict=True), start=1):
             loss_sum += self._micro_batch(
@@ -104,8 +106,16 @@ class TrainingLoop:
             loss = self.task.loss(self.model, scored.X, scored.Y)
             scored.backward(loss.mean)
         if probed:
-            self._overhead.compare(scored.X, scored.Y, self._overhead.now() - began, self._optimizer_seconds)
+            self._probe = Probe(scored.X, scored.Y, self._overhead.now() - began)
         return loss.row_sums[: len(batch.index)].sum()
+
+    def _compare_last_probe(self) -> None:
+        """Hold the last step's probe against a plain pass: now, with no gradients held, as it was for the
+        probe.
+        """
+        if self._probe is not None:
+            self._overhead.compare(self._probe, self._optimizer_seconds)
+            self._probe = None
 
     def _take_optimizer_step(self) -> float:
         """Clip and update; returns the learning rate."""

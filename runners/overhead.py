@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
@@ -9,6 +10,20 @@ from torch import Tensor, nn
 
 from ghost.batch import Inputs
 from runners.losses import Task
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A scored pass that is to be held against a plain one.
+
+    Attributes:
+        X, Y: What went through it.
+        seconds: How long it took.
+    """
+
+    X: Inputs
+    Y: Tensor
+    seconds: float
 
 
 class OverheadMeter:
@@ -36,12 +51,10 @@ class OverheadMeter:
         """Median extra time of a scored step as a share of a plain one; None before the first comparison."""
         return statistics.median(self._shares) if self._shares else None
 
-    def compare(self, X: Inputs, Y: Tensor, scored_seconds: float, optimizer_seconds: float) -> None:
+    def compare(self, probe: Probe, optimizer_seconds: float) -> None:
         """Run the plain pass; weights, gradients and random state stay as they are.
 
         Args:
-            X, Y: What went through the scored pass.
-            scored_seconds: How long the scored pass took.
             optimizer_seconds: How long an optimizer step takes.
         """
         began = self.now()
@@ -49,11 +62,11 @@ class OverheadMeter:
         with torch.random.fork_rng(self._task.cuda_devices()):
             for _ in range(self._warm_ups + 1):
                 pass_began = self.now()
-                torch.autograd.grad(self._task.mean(self._model, X, Y), params)
+                torch.autograd.grad(self._task.mean(self._model, probe.X, probe.Y), params)
         ended = self.now()
         plain = ended - pass_began
         self._warm_ups = 0
-        self._shares.append((scored_seconds - plain) / (plain + optimizer_seconds / self._micro_batches))
+        self._shares.append((probe.seconds - plain) / (plain + optimizer_seconds / self._micro_batches))
         self.seconds += ended - began
 
     def now(self) -> float:
@@ -64,10 +77,11 @@ class OverheadMeter:
 
 
 def probe_steps(cfg: DictConfig) -> set[int]:
-    """Steps in which the cost of scoring is measured: spread over the run, the first step left out since it
-    warms up.
+    """Steps in which the cost of scoring is measured: spread over the run, without the first, which warms up,
+    and the last, after which there is no step to compare in.
     """
-    if cfg.engine.name == "regular" or cfg.trainer.max_steps < 2:
+    between = cfg.trainer.max_steps - 2
+    if cfg.engine.name == "regular" or between < 1:
         return set()
-    probes = min(cfg.trainer.overhead_probes, cfg.trainer.max_steps - 1)
-    return {1 + i * (cfg.trainer.max_steps - 1) // probes for i in range(probes)}
+    probes = min(cfg.trainer.overhead_probes, between)
+    return {1 + i * between // probes for i in range(probes)}

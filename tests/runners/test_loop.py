@@ -11,7 +11,7 @@ from ghost import LossReduction
 from runners.data.base import Item, SampleSet
 from runners.loop import evaluate
 from runners.losses import Task, class_loss
-from runners.overhead import OverheadMeter, probe_steps
+from runners.overhead import OverheadMeter, Probe, probe_steps
 
 TASK = Task(class_loss, LossReduction.SAMPLE_MEAN, None, torch.float32, torch.device("cpu"))
 
@@ -62,9 +62,9 @@ def test_an_evaluation_leaves_training_mode_random_state_and_gradients_alone() -
 
 
 def test_probes_are_spread_and_leave_out_the_first_step() -> None:
-    assert probe_steps(config()) == {1, 3, 6}
-    assert probe_steps(config(max_steps=1)) == set()
-    assert probe_steps(config(max_steps=3, overhead_probes=10)) == {1, 2}
+    assert probe_steps(config()) == {1, 3, 5}
+    assert probe_steps(config(max_steps=2)) == set()
+    assert probe_steps(config(max_steps=3, overhead_probes=10)) == {1}
     assert probe_steps(config(overhead_probes=0)) == set()
     assert probe_steps(config(engine="regular")) == set()
 
@@ -76,7 +76,7 @@ def test_a_plain_pass_changes_nothing() -> None:
     state = torch.get_rng_state()
     meter = OverheadMeter(config(), model, TASK)
     assert meter.share is None
-    meter.compare(rows.X, rows.Y, scored_seconds=1.0, optimizer_seconds=0.1)
+    meter.compare(Probe(rows.X, rows.Y, 1.0), optimizer_seconds=0.1)
     assert torch.equal(torch.get_rng_state(), state)
     for p, (weight, grad) in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, weight)
@@ -94,7 +94,7 @@ def test_overhead_is_the_share_of_a_plain_step(
     monkeypatch.setattr(meter, "now", lambda: next(clock))
     rows = Rows()
     scored = {1: 4.0, 2: 3.8}[micro_batches]
-    meter.compare(rows.X, rows.Y, scored_seconds=scored, optimizer_seconds=2.0)
+    meter.compare(Probe(rows.X, rows.Y, scored), optimizer_seconds=2.0)
     assert meter.share == pytest.approx(expected)
     assert meter.seconds == 2.0
     assert meter.is_due(1)
@@ -107,5 +107,5 @@ def test_the_first_comparison_of_a_compiled_model_is_warmed_up() -> None:
     model.register_forward_hook(lambda *_: calls.append(1))
     meter = OverheadMeter(config(compile=True), model, TASK)
     for _ in range(2):
-        meter.compare(rows.X, rows.Y, scored_seconds=1.0, optimizer_seconds=0.0)
+        meter.compare(Probe(rows.X, rows.Y, 1.0), optimizer_seconds=0.0)
     assert len(calls) == 3

@@ -1,6 +1,8 @@
 """Ghost gradients: how much every sample of a training run helped or hurt a validation objective."""
 
-from ghost.config import GhostConfig, ValMode
+from ghost.attention import HeadLayout, register_attention
+from ghost.batch import Items
+from ghost.config import GhostConfig, Resolution, ValMode
 from ghost.engines import GradDotProdEngine, RegularEngine, register_engine
 from ghost.errors import BatchError, GhostConfigError, GhostError, ProtocolError, UnsupportedModelError
 from ghost.gradients import Algebra
@@ -8,6 +10,8 @@ from ghost.layers import LayerRule, register_layer
 from ghost.loss import LossReduction
 from ghost.manager import GhostEngineManager
 from ghost.selection import Selection
+from ghost.verification import Verification
+from ghost.verify import verify
 
 __all__ = [
     "Algebra",
@@ -17,13 +21,19 @@ __all__ = [
     "GhostEngineManager",
     "GhostError",
     "GradDotProdEngine",
+    "HeadLayout",
+    "Items",
     "LayerRule",
     "LossReduction",
     "ProtocolError",
     "RegularEngine",
+    "Resolution",
     "Selection",
     "UnsupportedModelError",
     "ValMode",
+    "Verification",
+    "register_attention",
     "register_engine",
     "register_layer",
+    "verify",
 ]

@@ -17,6 +17,7 @@ The first two are Wang et al., *Data Shapley in One Training Run* (ICLR 2025), s
 
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,38 +50,61 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(dtype) * b.to(dtype)).flatten(1).sum(1)
 
 
-def cheapest(rows: int, tokens: int, val_tokens: int, m: int, n: int, device: str = "cpu") -> str:
-    """The name of the cheapest algebra for `[rows, tokens]` training tokens against `val_tokens` validation
-    tokens.
+def costs(
+    rows: int, tokens: int, val_tokens: int, m: int, n: int, columns: int = 1, device: str = "cpu"
+) -> dict[str, int]:
+    """FLOPs of each algebra, beyond the summed gradient, for `[rows, tokens]` training tokens against
+    `val_tokens` validation tokens in `columns` columns.
 
-    `val_tokens = 0` means that the target is a matrix already, which rules out `token_token`.
+    `val_tokens = 0` means that the targets are matrices already, which rules out `token_token`.
     """
     val_matrix = 2 * val_tokens * m * n
-    costs = {"target": val_matrix + 2 * rows * tokens * m * n}
-    if device == "cpu":  # elsewhere the tiles are as many small launches, and their traffic is what costs
-        costs["fused"] = val_matrix + ELEMENT_COST * rows * m * n
+    found = {"target": val_matrix + 2 * columns * rows * tokens * m * n}
+    # Off the CPU the tiles of one column are as many small launches, and their traffic is what costs; with
+    # several columns the saved products outweigh that.
+    if device == "cpu" or columns > 1:
+        found["fused"] = val_matrix + (ELEMENT_COST + 2 * (columns - 1)) * rows * m * n
     if val_tokens:
-        costs["token_token"] = rows * tokens * val_tokens * (2 * (m + n) + PAIR_COST)
-    return min(costs, key=costs.__getitem__)
+        found["token_token"] = rows * tokens * val_tokens * (2 * (m + n) + PAIR_COST)
+    return found
 
 
-def token_token(left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor) -> Tensor:
-    """Inner products of all per-sample matrix gradients of two batches, `[b, v]`, from their factors.
+def token_token(
+    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    """Inner products of all per-sample matrix gradients with the columns of validation samples, `[b, C]`,
+    from their factors.
 
     Args:
         left, right: `[b, T, m]`, `[b, T, n]`.
         val_left, val_right: `[v, S, m]`, `[v, S, n]`.
+        sizes: Validation samples of each column; they add up to v.
     """
     b, tokens, _ = left.shape
     v, val_tokens, _ = val_left.shape
     dtype = accumulation_dtype(left.dtype)
-    val_l, val_r = val_left.flatten(0, 1).T, val_right.flatten(0, 1).T  # [m, v*S], [n, v*S]
-    chunk = max(1, TOKEN_TOKEN_CHUNK // max(1, tokens * v * val_tokens))
-    parts = []
-    for lo in range(0, b, chunk):
-        pairs = (left[lo : lo + chunk] @ val_l).to(dtype) * (right[lo : lo + chunk] @ val_r)  # [c, T, v*S]
-        parts.append(pairs.sum(1).unflatten(1, (v, val_tokens)).sum(2))  # [c, v]
-    return torch.cat(parts)
+    dots = left.new_zeros(b, v, dtype=dtype)
+    # A chunk is [rows, step, cols * S], cut where it must be: training rows first, validation rows, tokens.
+    step = max(1, min(tokens, TOKEN_TOKEN_CHUNK // max(1, val_tokens)))
+    cols = max(1, min(v, TOKEN_TOKEN_CHUNK // max(1, step * val_tokens)))
+    rows = max(1, TOKEN_TOKEN_CHUNK // max(1, step * val_tokens * cols))
+    for first in range(0, v, cols):
+        col = slice(first, first + cols)
+        val_l, val_r = (
+            val_left[col].flatten(0, 1).T,
+            val_right[col].flatten(0, 1).T,
+        )  # [m, cols*S], [n, cols*S]
+        for lo in range(0, b, rows):
+            for t in range(0, tokens, step):
+                part = slice(lo, lo + rows), slice(t, t + step)
+                pairs = (left[part] @ val_l).to(dtype) * (right[part] @ val_r)
+                dots[lo : lo + rows, col] += pairs.sum(1).unflatten(1, (-1, val_tokens)).sum(2)
+    return segment_sums(dots, sizes)
+
+
+def segment_sums(dots: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`[b, v]` added up within consecutive columns of the given sizes, `[b, C]`."""
+    return torch.stack([part.sum(1) for part in dots.split(list(sizes), dim=1)], dim=1)
 
 
 class _Scratch(threading.local):
@@ -104,74 +128,88 @@ _scratch = _Scratch()
 
 
 def _tile_rows(b: int, m: int, n: int) -> int:
-    return max(1, min(m, FUSED_TILE // (b * n)))
+    return max(1, min(m, FUSED_TILE // (max(1, b) * n)))
 
 
-def _accumulate_tile(left: Tensor, right: Tensor, target: Tensor, total: Tensor, dots: Tensor) -> None:
-    """Per-sample gradients of a tile of rows; their sum goes to `total`, their inner products with `target`
+def _accumulate_tile(left: Tensor, right: Tensor, targets: Tensor, total: Tensor, dots: Tensor) -> None:
+    """Per-sample gradients of a tile of rows; their sum goes to `total`, their inner products with `targets`
     are added to `dots`.
 
     Args:
         left, right: `[b, T, r]`, `[b, T, n]`.
-        target, total: `[r, n]`.
-        dots: `[b]`.
+        targets: `[C, r, n]`.
+        total: `[r, n]`.
+        dots: `[b, C]`.
     """
     shape = (left.shape[0], left.shape[2], right.shape[2])
     per_sample = _scratch.like(left, math.prod(shape)).view(shape)  # [b, r, n]
     torch.bmm(left.transpose(1, 2), right, out=per_sample)
     torch.sum(per_sample, 0, out=total)
-    dots.addmv_(per_sample.flatten(1).to(dots.dtype), target.flatten().to(dots.dtype))
+    flat, columns = per_sample.flatten(1).to(dots.dtype), targets.flatten(1).to(dots.dtype)
+    if len(columns) == 1:  # a matrix–vector product is read at memory speed, a product with [r*n, 1] is not
+        dots[:, 0].addmv_(flat, columns[0])
+    else:
+        dots.addmm_(flat, columns.T)
 
 
-@torch.library.custom_op("ghost::fused_sum_and_dot", mutates_args=())
-def fused_sum_and_dot(left: Tensor, right: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed gradient `[m, n]` and every sample's inner product with `target [m, n]`, `[b]`, in one pass
-    over tiles.
+def _outputs(left: Tensor, right: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Space for the summed gradient `[m, n]`, and zeros for the inner products `[b, C]`."""
+    total = left.new_empty(left.shape[2], right.shape[2])
+    return total, left.new_zeros(left.shape[0], columns, dtype=accumulation_dtype(left.dtype))
+
+
+@torch.library.custom_op("ghost::fused_sum_and_dots", mutates_args=())
+def fused_sum_and_dots(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed gradient `[m, n]` and every sample's inner products with `targets [C, m, n]`, `[b, C]`, in
+    one pass over tiles.
 
     Args:
         left, right: `[b, T, m]`, `[b, T, n]`.
     """
     b, _, m = left.shape
-    n = right.shape[2]
-    total = left.new_empty(m, n)
-    dots = left.new_zeros(b, dtype=accumulation_dtype(left.dtype))
-    step = _tile_rows(b, m, n)
+    total, dots = _outputs(left, right, len(targets))
+    step = _tile_rows(b, m, right.shape[2])
     for lo in range(0, m, step):
         tile = slice(lo, lo + step)
-        _accumulate_tile(left[:, :, tile], right, target[tile], total[tile], dots)
+        _accumulate_tile(left[:, :, tile], right, targets[:, tile], total[tile], dots)
     return total, dots
 
 
-@fused_sum_and_dot.register_fake
-def _(left: Tensor, right: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    total = left.new_empty(left.shape[2], right.shape[2])
-    return total, left.new_empty(left.shape[0], dtype=accumulation_dtype(left.dtype))
+@fused_sum_and_dots.register_fake
+def _(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return _outputs(left, right, targets.shape[0])
 
 
-@torch.library.custom_op("ghost::fused_sum_and_score", mutates_args=())
-def fused_sum_and_score(
-    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor
+@torch.library.custom_op("ghost::fused_sum_and_scores", mutates_args=())
+def fused_sum_and_scores(
+    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """`fused_sum_and_dot` with the validation gradient formed tile by tile as well, so that it is never whole
-    in memory.
+    """`fused_sum_and_dots` with the validation gradients of the columns formed tile by tile as well, so that
+    they are never whole in memory.
 
     Args:
         left, right: `[b, T, m]`, `[b, T, n]`.
         val_left, val_right: `[v, S, m]`, `[v, S, n]`.
+        sizes: Validation samples of each column; they add up to v.
     """
     b, _, m = left.shape
     n = right.shape[2]
-    total = left.new_empty(m, n)
-    dots = left.new_zeros(b, dtype=accumulation_dtype(left.dtype))
-    val_l, val_r = val_left.flatten(0, 1), val_right.flatten(0, 1)  # [v*S, m], [v*S, n]
-    step = _tile_rows(b, m, n)
+    total, dots = _outputs(left, right, len(sizes))
+    parts = [
+        (val_l.flatten(0, 1), val_r.flatten(0, 1))  # [s*S, m], [s*S, n]
+        for val_l, val_r in zip(val_left.split(sizes), val_right.split(sizes), strict=True)
+    ]
+    step = _tile_rows(b + len(sizes) - 1, m, n)
     for lo in range(0, m, step):
         tile = slice(lo, lo + step)
-        _accumulate_tile(left[:, :, tile], right, val_l[:, tile].T @ val_r, total[tile], dots)
+        found = [val_l[:, tile].T @ val_r for val_l, val_r in parts]
+        targets = torch.stack(found) if len(found) > 1 else found[0][None]  # [C, r, n]
+        _accumulate_tile(left[:, :, tile], right, targets, total[tile], dots)
     return total, dots
 
 
-@fused_sum_and_score.register_fake
-def _(left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor) -> tuple[Tensor, Tensor]:
-    total = left.new_empty(left.shape[2], right.shape[2])
-    return total, left.new_empty(left.shape[0], dtype=accumulation_dtype(left.dtype))
+@fused_sum_and_scores.register_fake
+def _(
+    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    return _outputs(left, right, len(sizes))

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from os import PathLike
 from typing import Any
 
 import torch
 
-from ghost.errors import GhostConfigError
+from ghost.errors import GhostConfigError, shown
 from ghost.gradients import Algebra
 from ghost.loss import LossReduction
 from ghost.selection import Selection
@@ -22,8 +23,17 @@ class ValMode(Enum):
     SEPARATE = "separate"
 
 
+class Resolution(Enum):
+    """What the stored scores tell apart; whatever it is, they add up to the total."""
+
+    TOTAL = "total"
+    LAYER = "layer"
+    FAMILY = "family"
+    HEAD = "head"
+
+
 _ALIASES = {"dot_prod_save_interval": "save_interval", "method": "engine"}
-_NOT_YET = {"pairwise": False, "preconditioner": "none"}
+_NOT_YET = {"preconditioner": "none"}
 """Settings of the public protocol that this version knows only at their default, and refuses otherwise."""
 
 _DTYPES = {
@@ -51,6 +61,9 @@ class GhostConfig:
         bitwise: Leave every layer's own backward alone, so that training is bit-identical to `regular`
             (`separate`).
         loss_reduction: What the model's loss is a mean of; None to infer it from a Hugging Face class.
+        pairwise: Score every pair of a training and a validation sample; scores are then `[B, V]`.
+        resolution: What the score shards tell apart: nothing, layers, families, or attention heads.
+        strict: Refuse a selection that leaves a trainable parameter unscored.
         algebra: How per-sample inner products of matrices are computed.
         selection: Which layers are scored.
         score_dtype: dtype in which scores are summed over layers; None for the model's own, but float32 at
@@ -68,6 +81,9 @@ class GhostConfig:
     val_every: int = 1
     bitwise: bool = False
     loss_reduction: LossReduction | None = None
+    pairwise: bool = False
+    resolution: Resolution = Resolution.TOTAL
+    strict: bool = False
     algebra: Algebra = Algebra.AUTO
     selection: Selection = field(default_factory=Selection)
     score_dtype: torch.dtype | None = None
@@ -79,7 +95,7 @@ class GhostConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            object.__setattr__(self, f.name, None if value is None else _convert(f.name, value))
+            object.__setattr__(self, f.name, None if value is None else convert(f.name, value))
         self._check_types()
         if self.bitwise and self.val_mode is not ValMode.SEPARATE:
             raise GhostConfigError(
@@ -105,8 +121,16 @@ class GhostConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise GhostConfigError(f"{name}={value!r} should be a whole number of at least 1.")
-        if not isinstance(self.bitwise, bool):
-            raise GhostConfigError(f"bitwise={self.bitwise!r} should be true or false.")
+        for name in ("bitwise", "pairwise", "strict"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise GhostConfigError(f"{name}={shown(value)} should be true or false.")
+        if self.result_dir is not None and not isinstance(self.result_dir, str | PathLike):
+            raise GhostConfigError(f"result_dir={shown(self.result_dir)} should be the path of a folder.")
+        if self.result_dir == "":
+            raise GhostConfigError(
+                "result_dir is empty: give the path of a folder, or None to write nothing."
+            )
         if not isinstance(self.selection, Selection):
             raise GhostConfigError(f"selection={self.selection!r} should be a ghost.Selection.")
         if self.storage_dtype is not None and not self.storage_dtype.is_floating_point:
@@ -121,19 +145,24 @@ class GhostConfig:
         """
         if isinstance(config, cls):
             return config
+        if config is None or isinstance(config, str | bytes | int | float | list | tuple):
+            raise GhostConfigError(
+                f"config={shown(config)} should be a mapping of settings, or an object that has them."
+            )
         given = dict(config) if isinstance(config, Mapping) else _attributes(config)
         for key, default in _NOT_YET.items():
-            if given.get(key, default) not in (default, None):
+            value = given.get(key)
+            if value is not None and not (type(value) is type(default) and value == default):
                 raise GhostConfigError(
-                    f"{key}={given[key]!r} is not supported by this version: leave it at {default!r}."
+                    f"{key}={value!r} is not supported by this version: leave it at {default!r}."
                 )
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in given.items():
             name = _ALIASES.get(key, key)
             if name in known and value is not None:
-                converted = _convert(name, value)
-                if name in values and values[name] != converted:
+                converted = convert(name, value)
+                if name in values and repr(values[name]) != repr(converted):  # tensors have no one equality
                     raise GhostConfigError(
                         f"{key}={value!r} contradicts {name}={values[name]!r}: give one of them."
                     )
@@ -147,9 +176,11 @@ def _attributes(config: Any) -> dict[str, Any]:
     return {name: value for name in names if not callable(value := getattr(config, name))}
 
 
-def _convert(name: str, value: Any) -> Any:
-    """A setting's value in its own type."""
-    enums: dict[str, type[Enum]] = {"val_mode": ValMode, "loss_reduction": LossReduction, "algebra": Algebra}
+def convert(name: str, value: Any) -> Any:
+    """A setting's value in its own type; `GhostConfigError` where it has none."""
+    enums: dict[str, type[Enum]] = {
+        "val_mode": ValMode, "loss_reduction": LossReduction, "algebra": Algebra, "resolution": Resolution,
+    }  # fmt: skip
     if name in enums:
         raw = value.value if isinstance(value, Enum) else value
         if name == "loss_reduction" and raw == "auto":

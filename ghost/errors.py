@@ -19,3 +19,8 @@ class BatchError(GhostError, ValueError):
 
 class ProtocolError(GhostError, RuntimeError):
     """The manager's methods were called out of order."""
+
+
+def shown(value: object) -> str:
+    """The beginning of a value's `repr`, on one line, for messages."""
+    return " ".join(repr(value).split())[:60]

@@ -7,9 +7,11 @@ questions that an engine asks:
 
 * `sum()`: the ordinary gradient, summed over the samples;
 * `dot(target)`: every sample's inner product with a given gradient;
-* `pairwise(val)`: every sample's inner product with every validation sample;
-* `sum_and_dot(target)`, `sum_and_score(val)`: both at once, by whichever algebra is the cheapest for the
-  shapes at hand.
+* `scores(val, sizes)`: every sample's inner products with the validation samples' gradients, added up within
+  columns: one column of all of them, one a validation set, or one a validation sample;
+* `sum_and_dots(targets)`, `sum_and_scores(val, sizes)`: sum and inner products at once, by whichever algebra
+  is the cheapest for the shapes at hand;
+* `take(axis, index)`: the same for a slice of the parameter, such as the rows of one attention head.
 
 There are three forms, and they cover all layers: `OuterProducts` (matrices that multiply), `RowGathers`
 (tables that are looked up) and `Materialised` (vectors, where the gradient of a sample is no larger than its
@@ -17,7 +19,9 @@ activations).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from enum import Enum
+from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
@@ -37,6 +41,12 @@ class Algebra(Enum):
     FUSED = "fused"
 
 
+def cut(tensor: Tensor, axis: int, index: Sequence[slice]) -> Tensor:
+    """The slices `index` of an axis, one behind the other; of a single slice a view."""
+    pieces = [tensor.narrow(axis, piece.start, piece.stop - piece.start) for piece in index]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+
+
 class SampleGradients(ABC):
     """The gradients of one parameter, one for each row of a batch."""
 
@@ -46,8 +56,12 @@ class SampleGradients(ABC):
         """Number of samples."""
 
     @abstractmethod
-    def split(self, rows: int) -> tuple[Self, Self]:
-        """The first `rows` samples (training) and the others (validation)."""
+    def samples(self, lo: int, hi: int) -> Self:
+        """The samples from `lo` up to `hi`."""
+
+    @abstractmethod
+    def take(self, axis: int, index: Sequence[slice]) -> Self:
+        """The gradients of a part of the parameter: the slices `index` of its axis `axis`."""
 
     @abstractmethod
     def sum(self) -> Tensor:
@@ -57,20 +71,32 @@ class SampleGradients(ABC):
     def dot(self, target: Tensor) -> Tensor:
         """`⟨target, g_i⟩` for every sample i, `[b]`; `target` has the parameter's shape."""
 
-    @abstractmethod
-    def pairwise(self, other: Self) -> Tensor:
-        """`⟨g_i, h_j⟩` for every sample i here and j of `other`, `[b, v]`."""
+    def split(self, rows: int) -> tuple[Self, Self]:
+        """The first `rows` samples (training) and the others (validation)."""
+        return self.samples(0, rows), self.samples(rows, self.rows)
 
-    def sum_and_dot(self, target: Tensor, how: Algebra) -> tuple[Tensor, Tensor]:
-        """The summed gradient and every sample's inner product with `target`."""
+    def columns(self, sizes: Sequence[int]) -> Iterator[Self]:
+        """The samples column by column: `sizes` of them each, from the first on."""
+        for lo, hi in pairwise([0, *accumulate(sizes)]):
+            yield self.samples(lo, hi)
+
+    def dots(self, targets: Tensor) -> Tensor:
+        """`⟨targets_c, g_i⟩`, `[b, C]`; `targets` is `[C, *shape]`."""
+        return torch.stack([self.dot(target) for target in targets], dim=1)
+
+    def scores(self, val: Self, sizes: Sequence[int], how: Algebra = Algebra.AUTO) -> Tensor:
+        """`⟨g_i, Σ_{j in c} h_j⟩` for every sample i and column c of the samples j of `val`, `[b, C]`."""
         del how  # only matrices have a choice
-        return self.sum(), self.dot(target)
+        return torch.stack([self.dot(column.sum()) for column in val.columns(sizes)], dim=1)
 
-    def sum_and_score(self, val: Self, how: Algebra) -> tuple[Tensor, Tensor]:
-        """The summed gradient and every sample's inner product with the sum of the validation rows'
-        gradients.
-        """
-        return self.sum_and_dot(val.sum(), how)
+    def sum_and_dots(self, targets: Tensor, how: Algebra) -> tuple[Tensor, Tensor]:
+        """The summed gradient, and `dots`."""
+        del how
+        return self.sum(), self.dots(targets)
+
+    def sum_and_scores(self, val: Self, sizes: Sequence[int], how: Algebra) -> tuple[Tensor, Tensor]:
+        """The summed gradient, and `scores`."""
+        return self.sum(), self.scores(val, sizes, how)
 
 
 class Materialised(SampleGradients):
@@ -87,19 +113,18 @@ class Materialised(SampleGradients):
     def rows(self) -> int:
         return self.values.shape[0]
 
-    def split(self, rows: int) -> tuple[Self, Self]:
-        return type(self)(self.values[:rows]), type(self)(self.values[rows:])
+    def samples(self, lo: int, hi: int) -> Self:
+        return type(self)(self.values[lo:hi])
+
+    def take(self, axis: int, index: Sequence[slice]) -> Self:
+        return type(self)(cut(self.values, 1 + axis, index))
 
     def sum(self) -> Tensor:
         return self.values.sum(0)
 
     def dot(self, target: Tensor) -> Tensor:
         dtype = algebra.accumulation_dtype(self.values.dtype)
-        return self.values.flatten(1).to(dtype) @ target.flatten().to(dtype)
-
-    def pairwise(self, other: Self) -> Tensor:
-        dtype = algebra.accumulation_dtype(self.values.dtype)
-        return self.values.flatten(1).to(dtype) @ other.values.flatten(1).to(dtype).T
+        return self.values.reshape(self.rows, target.numel()).to(dtype) @ target.flatten().to(dtype)
 
 
 class OuterProducts(SampleGradients):
@@ -121,12 +146,13 @@ class OuterProducts(SampleGradients):
     def rows(self) -> int:
         return self.left.shape[0]
 
-    def split(self, rows: int) -> tuple[Self, Self]:
-        make = type(self)
-        return (
-            make(self.left[:rows], self.right[:rows], self.shape),
-            make(self.left[rows:], self.right[rows:], self.shape),
-        )
+    def samples(self, lo: int, hi: int) -> Self:
+        return type(self)(self.left[lo:hi], self.right[lo:hi], self.shape)
+
+    def take(self, axis: int, index: Sequence[slice]) -> Self:
+        if axis == 0:
+            return type(self)(cut(self.left, 2, index), self.right)
+        return type(self)(self.left, cut(self.right, 2, index))
 
     def sum(self) -> Tensor:
         return (self.left.flatten(0, 1).T @ self.right.flatten(0, 1)).view(self.shape)
@@ -138,29 +164,38 @@ class OuterProducts(SampleGradients):
             return algebra.row_dots(self.left @ target, self.right)
         return algebra.row_dots(self.right @ target.T, self.left)
 
-    def pairwise(self, other: Self) -> Tensor:
-        return algebra.token_token(self.left, self.right, other.left, other.right)
-
-    def sum_and_dot(self, target: Tensor, how: Algebra) -> tuple[Tensor, Tensor]:
-        choice = how if how in (Algebra.TARGET, Algebra.FUSED) else self._cheapest(0)
-        if choice is Algebra.FUSED:
-            total, dots = algebra.fused_sum_and_dot(self.left, self.right, target.flatten(1))
-            return total.view(self.shape), dots
-        return self.sum(), self.dot(target)
-
-    def sum_and_score(self, val: Self, how: Algebra) -> tuple[Tensor, Tensor]:
-        choice = self._cheapest(val.rows * val.left.shape[1]) if how is Algebra.AUTO else how
+    def scores(self, val: Self, sizes: Sequence[int], how: Algebra = Algebra.AUTO) -> Tensor:
+        choice = self._cheapest(val, len(sizes), (Algebra.TOKEN_TOKEN, Algebra.TARGET), how)
         if choice is Algebra.TOKEN_TOKEN:
-            return self.sum(), self.pairwise(val).sum(1)
-        if choice is Algebra.FUSED:
-            total, dots = algebra.fused_sum_and_score(self.left, self.right, val.left, val.right)
-            return total.view(self.shape), dots
-        return self.sum(), self.dot(val.sum())
+            return algebra.token_token(self.left, self.right, val.left, val.right, sizes)
+        return super().scores(val, sizes)
 
-    def _cheapest(self, val_tokens: int) -> Algebra:
-        """The cheapest algebra; `val_tokens` is 0 when the target is already a matrix."""
+    def sum_and_dots(self, targets: Tensor, how: Algebra) -> tuple[Tensor, Tensor]:
+        choice = self._cheapest(None, len(targets), (Algebra.TARGET, Algebra.FUSED), how)
+        if choice is Algebra.FUSED:
+            total, dots = algebra.fused_sum_and_dots(self.left, self.right, targets.flatten(2))
+            return total.view(self.shape), dots
+        return self.sum(), self.dots(targets)
+
+    def sum_and_scores(self, val: Self, sizes: Sequence[int], how: Algebra) -> tuple[Tensor, Tensor]:
+        choice = self._cheapest(val, len(sizes), tuple(Algebra), how)
+        if choice is Algebra.FUSED:
+            sides = self.left, self.right, val.left, val.right
+            total, dots = algebra.fused_sum_and_scores(*sides, list(sizes))
+            return total.view(self.shape), dots
+        return self.sum(), self.scores(val, sizes, choice)
+
+    def _cheapest(self, val: Self | None, columns: int, choices: Sequence[Algebra], how: Algebra) -> Algebra:
+        """`how` where it is a choice, else the cheapest of them; without `val` the targets are matrices."""
+        if how in choices and how is not Algebra.AUTO:
+            return how
         b, tokens, m = self.left.shape
-        return Algebra(algebra.cheapest(b, tokens, val_tokens, m, self.right.shape[2], self.left.device.type))
+        costs = algebra.costs(
+            b, tokens, 0 if val is None else val.rows * val.left.shape[1], m, self.right.shape[2], columns,
+            self.left.device.type,
+        )  # fmt: skip
+        names = [choice.value for choice in choices if choice.value in costs]
+        return Algebra(min(names, key=costs.__getitem__))
 
 
 class RowGathers(SampleGradients):
@@ -180,12 +215,12 @@ class RowGathers(SampleGradients):
     def rows(self) -> int:
         return self.ids.shape[0]
 
-    def split(self, rows: int) -> tuple[Self, Self]:
-        make = type(self)
-        return (
-            make(self.ids[:rows], self.grad[:rows], self.num_rows),
-            make(self.ids[rows:], self.grad[rows:], self.num_rows),
-        )
+    def samples(self, lo: int, hi: int) -> Self:
+        return type(self)(self.ids[lo:hi], self.grad[lo:hi], self.num_rows)
+
+    def take(self, axis: int, index: Sequence[slice]) -> Self:
+        assert axis == 1, "a table is cut by columns"
+        return type(self)(self.ids, cut(self.grad, 2, index), self.num_rows)
 
     def sum(self) -> Tensor:
         return torch.ops.aten.embedding_dense_backward(
@@ -195,12 +230,9 @@ class RowGathers(SampleGradients):
     def dot(self, target: Tensor) -> Tensor:
         return algebra.row_dots(target[self.ids], self.grad)
 
-    def pairwise(self, other: Self) -> Tensor:
-        columns = []
-        for ids, grad in zip(other.ids, other.grad, strict=True):
-            val_row = type(self)(ids[None], grad[None], self.num_rows)
-            columns.append(self.dot_compact(*val_row.compact()))
-        return torch.stack(columns, dim=1)  # [b, v]
+    def scores(self, val: Self, sizes: Sequence[int], how: Algebra = Algebra.AUTO) -> Tensor:
+        del how
+        return torch.stack([self.dot_compact(*part.compact()) for part in val.columns(sizes)], dim=1)
 
     def compact(self) -> tuple[Tensor, Tensor]:
         """The sum over all samples without the table: `slots [V]` maps a row to its place in `sums [S + 1,
@@ -219,7 +251,3 @@ class RowGathers(SampleGradients):
     def dot_compact(self, slots: Tensor, sums: Tensor) -> Tensor:
         """`dot` with a target given by another object's `compact`."""
         return algebra.row_dots(sums[slots[self.ids]], self.grad)
-
-    def sum_and_score(self, val: Self, how: Algebra) -> tuple[Tensor, Tensor]:
-        del how
-        return self.sum(), self.dot_compact(*val.compact())

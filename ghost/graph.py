@@ -59,7 +59,7 @@ def scale_gradients(outputs: Any, factor: Tensor) -> Any:
     return torch.utils._pytree.tree_map(scale, outputs)
 
 
-_OWN_NODES = ("TapFunction", "TiedTableFunction", "TiedHeadFunction", "CompiledFunction")
+_OWN_NODES = ("TapFunction", "GenericFunction", "TiedTableFunction", "TiedHeadFunction", "CompiledFunction")
 """Graph nodes that may hold a tapped parameter: the taps', and those of compiled parts, which have taps
 inside.
 """

@@ -2,90 +2,38 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MethodType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ghost.discovery import Tie
 from ghost.errors import BatchError, UnsupportedModelError
+from ghost.generic import GenericFunction, ModuleCall
 from ghost.graph import refuse_stray_uses, scale_gradients, whole
-from ghost.layers import Layer
-from ghost.taps import Tap, TapFunction, TiedHeadFunction, TiedTableFunction
+from ghost.layers import Layer, LayerRule, WholeRule
+from ghost.layers.whole import substituted
+from ghost.roworder import RowOrder
+from ghost.step import Probes, StepState, Unit
+from ghost.swap import ForwardSwap
+from ghost.taps import ConcatTap, Tap, TapFunction, TiedHeadFunction, TiedTableFunction
+from ghost.units import Units
 
-Probes = dict[tuple[str, str], Tensor]
-"""Zero tensors `[b]` by layer name and parameter name."""
+Forward = Callable[..., Any]
 
 
-@dataclass
-class StepState:
-    """What the swapped forwards read. Only active between the start of a step and the end of its backward.
-
-    Attributes:
-        active: Whether forwards are tapped; when not, every module computes what it always did.
-        rows: Rows of the batch that goes through the model.
-        train_rows: b, how many of them, from the first on, are training samples.
-        tokens: T where inputs are `[rows, T, …]`.
-        probes: By layer and parameter name, `[b]` zeros that receive inner products.
-        targets: Validation gradients by qualified parameter name, where they are known before the forward.
-        output_scale: Factor on the gradient at the model's outputs, or None.
-        tied: By a tied table's name, its ids and the phantom tensors on their way to its head.
-        outputs_scaled: Whether the model's outputs have been seen and scaled.
-        called: Layers that have run in this forward.
+def _between_graphs(forward: Forward) -> Forward:
+    """The forward, run eagerly in compiled models: its backward keeps books, or vectorises derivatives, and
+    neither can be traced.
     """
 
-    active: bool = False
-    rows: int = 0
-    train_rows: int = 0
-    tokens: int | None = None
-    probes: Probes = field(default_factory=dict)
-    targets: Mapping[str, Tensor] = field(default_factory=dict)
-    output_scale: Tensor | None = None
-    outputs_scaled: bool = False
-    tied: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
+    @torch.compiler.disable
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
 
-    def close(self) -> None:
-        """Forwards are plain again, and nothing of the step is kept."""
-        self.active, self.output_scale, self.outputs_scaled = False, None, False
-        self.probes, self.tied, self.called = {}, {}, set()
-
-
-class ForwardSwap:
-    """Replaces modules' forwards and puts them back exactly."""
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-
-    def replace(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Set `module.forward` to `make(its present forward)`."""
-        had_own = "forward" in module.__dict__
-        original = module.forward
-        replacement = make(original)
-
-        @functools.wraps(getattr(original, "__func__", original))
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self is not module:  # a deep copy took this method along, and is not what is scored
-                return type(self).forward(self, *args, **kwargs)
-            return replacement(*args, **kwargs)
-
-        module.forward = MethodType(forward, module)
-
-        def undo() -> None:
-            if had_own:
-                module.forward = original
-            else:
-                del module.forward
-
-        self._undo.append(undo)
-
-    def restore(self) -> None:
-        """Put every forward back, the last replaced first."""
-        while self._undo:
-            self._undo.pop()()
+    return eager
 
 
 class Instrument:
@@ -93,19 +41,22 @@ class Instrument:
 
     Args:
         model: The model.
+        state: What the swapped forwards read.
         taps: One tap a layer; layers without one are left alone.
-        ties: Tied matrices that need their cross terms (a joint batch only).
+        ties: Tied matrices whose cross terms travel along the graph (a joint batch only).
         detach_params: Whether tapped layers run on detached parameters, so that the tap alone defines their
             gradients.
     """
 
-    def __init__(self, model: nn.Module, taps: list[Tap], ties: list[Tie], detach_params: bool) -> None:
-        self.model, self.taps, self.detach_params = model, taps, detach_params
-        self.state = StepState()
+    def __init__(
+        self, model: nn.Module, state: StepState, taps: list[Tap], ties: list[Tie], detach_params: bool
+    ) -> None:
+        self.model, self.state, self.taps, self.detach_params = model, state, taps, detach_params
         self._tables = {tie.table.name: tie for tie in ties}
         self._heads = {tie.head.name: tie for tie in ties}
         self._swap = ForwardSwap()
         self._uses_checked = False
+        self.units, self.order = Units(model, state), RowOrder(model, state)
 
     def attach(self) -> None:
         """Swap the forwards.
@@ -122,13 +73,7 @@ class Instrument:
                     "val_mode='separate' with bitwise=True."
                 )
         for tap in self.taps:
-            if tap.layer.name in self._tables:
-                run = functools.partial(self._run_table, self._tables[tap.layer.name])
-            elif tap.layer.name in self._heads:
-                run = functools.partial(self._run_head, self._heads[tap.layer.name], tap)
-            else:
-                run = functools.partial(self._run, tap)
-            self._swap.replace(tap.layer.module, functools.partial(self._tapped_forward, tap.layer, run))
+            self._swap.replace(tap.layer.module, functools.partial(self._tapped_forward, tap))
         self._swap.replace(self.model, self._scaled_forward)
 
     def detach(self) -> None:
@@ -136,43 +81,67 @@ class Instrument:
         self._swap.restore()
 
     def new_probes(self, dtype: torch.dtype, device: torch.device) -> Probes:
-        """Fresh zero probes `[b]` for every scored layer's parameters."""
+        """Fresh zero probes `[K, b, C]` for every scored parameter."""
+        rows = self.state.rows
         return {
             (tap.layer.name, key): torch.zeros(
-                self.state.train_rows, dtype=dtype, device=device, requires_grad=True
+                len(parts), rows.train, len(rows.sizes), dtype=dtype, device=device, requires_grad=True
             )
             for tap in self.taps
-            if tap.scored
-            for key in tap.layer.params
+            for key, parts in tap.scored.items()
         }
 
-    def _tapped_forward(
-        self, layer: Layer, run: Callable[[Callable[..., Any], Tensor], Tensor], original: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        state = self.state
+    def _tapped_forward(self, tap: Tap, original: Forward) -> Forward:
+        state, layer = self.state, tap.layer
+        run, meets = self._runner(tap, original), isinstance(tap, ConcatTap)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if state.watch is not None:
+                state.watch(layer, args, kwargs)
+                return original(*args, **kwargs)
             if not state.active or not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            inputs = (*args, *kwargs.values())
-            if len(inputs) != 1:
-                raise UnsupportedModelError(
-                    f"layer {layer.name!r} was called with {len(inputs)} inputs: a layer rule handles one."
-                )
-            (x,) = inputs
-            self._check_first_use(layer)
-            return run(original, x)
+            if meets:
+                self._count(layer)
+            return run(*args, **kwargs)
 
         return forward
 
-    def _scaled_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _runner(self, tap: Tap, original: Forward) -> Forward:
+        """The tapped forward of one layer."""
+        name = tap.layer.name
+        if isinstance(tap.layer.rule, WholeRule):
+            return _between_graphs(functools.partial(self._run_whole, tap, original))
+        if name in self._tables:
+            run = functools.partial(self._run_table, self._tables[name], original)
+        elif name in self._heads:
+            run = functools.partial(self._run_head, self._heads[name], tap, original)
+        else:
+            run = functools.partial(self._run, tap, original)
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            inputs = (*args, *kwargs.values())
+            if len(inputs) != 1:
+                raise UnsupportedModelError(
+                    f"layer {name!r} was called with {len(inputs)} inputs: a layer rule handles one."
+                )
+            (x,) = inputs
+            self._check_rank(tap.layer, x)
+            return run(x)
+
+        return _between_graphs(forward) if isinstance(tap, ConcatTap) and tap.shared else forward
+
+    def _scaled_forward(self, original: Forward) -> Forward:
         state = self.state
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             outputs = original(*args, **kwargs)
             if not state.active or not torch.is_grad_enabled():
                 return outputs
-            self._check_parameter_uses(outputs)
+            if state.loss_unseen:
+                self.check_parameter_uses(outputs)
+            if self.order.unchecked:
+                self.order.check(original, args, kwargs)
             if state.output_scale is None:
                 return outputs
             state.outputs_scaled = True
@@ -180,8 +149,12 @@ class Instrument:
 
         return forward
 
-    def _check_parameter_uses(self, outputs: Any) -> None:
-        """Refuse, once, a model that reads a tapped layer's parameter without calling the layer."""
+    def check_parameter_uses(self, outputs: Any) -> None:
+        """Refuse, once, a loss or a model that reads a tapped layer's parameter without calling the layer.
+
+        Args:
+            outputs: The loss, or the model's outputs where only they are seen.
+        """
         if torch.compiler.is_compiling() or self._uses_checked or not self.detach_params:
             return
         uses = [(id(p), tap.layer.qualified(key)) for tap in self.taps for key, p in tap.layer.params.items()]
@@ -191,72 +164,118 @@ class Instrument:
         refuse_stray_uses(outputs, {key: name for key, name in uses if owners[key] == tapped[key]})
         self._uses_checked = True
 
-    def _check_first_use(self, layer: Layer) -> None:
-        """With the validation gradient known beforehand scores add up over a layer's uses; without, cross
-        terms would be lost.
-        """
-        state = self.state
-        if state.targets or torch.compiler.is_compiling():
+    def _count(self, layer: Layer) -> None:
+        """Note a call: the uses of a layer that runs twice meet each other's validation gradient."""
+        state, name = self.state, layer.name
+        if torch.compiler.is_compiling():
+            if name in state.traced:
+                raise UnsupportedModelError(_twice(name, "in one compiled forward"))
+            state.traced[name] = True
             return
-        recomputing = torch._C._current_graph_task_id() != -1  # activation checkpointing, inside a backward
-        if layer.name in state.called and not recomputing:
+        calls = state.ledger.calls
+        if torch._C._current_graph_task_id() != -1:  # activation checkpointing, inside a backward
+            if calls[name] == 0:  # of the kind whose forward ran without gradients
+                state.ledger.recomputed[name] += 1
+            if state.ledger.recomputed[name] > 1:
+                raise UnsupportedModelError(
+                    f"layer {name!r} runs more than once under re-entrant activation checkpointing, which "
+                    "hides its uses from each other: checkpoint with use_reentrant=False."
+                )
+            return
+        if state.ledger.settled[name] > 0:
             raise UnsupportedModelError(
-                f"layer {layer.name!r} runs twice in one forward, and its cross terms need the validation "
-                "gradient beforehand: use val_mode='separate'."
+                f"layer {name!r} runs again after a backward of the same micro-batch, whose scores cannot "
+                "meet it: add up the losses for one backward, or use val_mode='separate'."
             )
-        state.called.add(layer.name)
+        calls[name] += 1
+        if name in state.traced:
+            state.refused = _twice(name, "in one forward, at least once in compiled code")
+            raise UnsupportedModelError(state.refused)
+        if calls[name] > 1 and (name in self._tables or name in self._heads):
+            raise UnsupportedModelError(
+                _twice(name, "in one forward and shares its matrix with another layer")
+            )
 
-    def _input_rows(self, layer: Layer, x: Tensor) -> Tensor:
-        """The input with one leading entry per row of the batch, or an error that names the layer."""
-        state = self.state
-        if x.dim() == 1 and x.shape[0] == state.rows == state.tokens:
+    def _check_rank(self, layer: Layer, x: Tensor) -> None:
+        assert isinstance(layer.rule, LayerRule)
+        rank = layer.rule.smallest_rank(layer.module)
+        if x.dim() < rank:
+            raise BatchError(
+                f"layer {layer.name!r} got an input of shape {tuple(x.shape)}, in which samples cannot be "
+                f"told apart: it should have at least {rank} axes, the first of them the batch's."
+            )
+
+    def _input_rows(self, layer: Layer, x: Tensor, unit: Unit) -> Tensor:
+        """The input with one leading entry per entry of the unit, or an error that names the layer."""
+        assert isinstance(layer.rule, LayerRule)
+        if x.dim() == 1 and x.shape[0] == unit.size == self.state.tokens:
             raise BatchError(
                 f"layer {layer.name!r} got a vector of {x.shape[0]} entries, one per row or one per "
                 "position: the batch has as many rows as positions, so change its size by one."
             )
-        x = layer.rule.rows_first(x, state.rows)
-        if x.shape[0] != state.rows:
+        x = layer.rule.rows_first(x, unit.size)
+        if x.shape[0] != unit.size:
             raise BatchError(
                 f"layer {layer.name!r} got an input of shape {tuple(x.shape)}, whose first size should be "
-                f"the batch's {state.rows} rows: samples cannot be told apart in it."
+                f"the batch's {unit.size} rows: samples cannot be told apart in it."
             )
         return x
 
-    def _run_untapped(self, layer: Layer, original: Callable[..., Any], x: Tensor) -> Tensor:
+    def _run_untapped(self, layer: Layer, original: Forward, x: Tensor, unit: Unit) -> Tensor:
         """The layer's output with one leading entry per row; what is broadcast over the batch is repeated."""
+        assert isinstance(layer.rule, LayerRule)
         if self.detach_params:
             params = {key: p.detach() for key, p in layer.module.named_parameters(recurse=False)}
             output = layer.rule.forward(layer.module, params, x)
         else:
             output = original(x)
-        shared = layer.rule.rows_first(x, self.state.rows).shape[0] != x.shape[0] or x.dim() == 1
-        if shared and output.shape[0] != self.state.rows:
-            output = output.expand(self.state.rows, *output.shape[1 if x.dim() > 1 else 0 :]).clone()
+            if type(layer.rule).forward is LayerRule.forward:
+                output = output.clone()  # whatever the module ends in
+        shared = layer.rule.rows_first(x, unit.size).shape[0] != x.shape[0] or x.dim() == 1
+        if shared and output.shape[0] != unit.size:
+            output = output.expand(unit.size, *output.shape[1 if x.dim() > 1 else 0 :]).clone()
         return output
 
-    def _run(self, tap: Tap, original: Callable[..., Any], x: Tensor) -> Tensor:
+    def _tensors(self, tap: Tap) -> tuple[list[Tensor], list[Tensor]]:
+        """What a tap's function takes: parameters and probes, and targets."""
         layer, state = tap.layer, self.state
         params = list(layer.params.values()) if self.detach_params else []
-        probes = [state.probes[layer.name, key] for key in layer.params] if tap.scored else []
-        targets = [state.targets[layer.qualified(key)] for key in layer.params] if state.targets else []
-        output = self._run_untapped(layer, original, x)
+        probes = [state.probes[layer.name, key] for key in tap.scored]
+        targets = [state.targets[layer.qualified(key)] for key in tap.scored] if state.targets else []
+        return [*params, *probes], targets
+
+    def _run(self, tap: Tap, original: Forward, x: Tensor) -> Tensor:
+        layer = tap.layer
+        unit = self.units.of(layer, x.shape[0])
+        tensors, targets = self._tensors(tap)
+        output = self._run_untapped(layer, original, x, unit)
+        shape = output.shape
+        if self.order.is_flattened(layer, x, unit):
+            x = x.unflatten(0, (unit.size, -1))
+            shape = torch.Size((*x.shape[:2], *shape[1:]))
         tapped = TapFunction.apply(
-            tap, state.train_rows, whole(output), self._input_rows(layer, x).detach(),
-            output.shape, len(targets), *params, *probes, *targets,
+            tap, unit, whole(output), self._input_rows(layer, x, unit).detach(), shape, len(targets),
+            *tensors, *targets,
         )  # fmt: skip
         return tapped.view(output.shape)
 
-    def _run_table(self, tie: Tie, original: Callable[..., Any], x: Tensor) -> Tensor:
+    def _run_table(self, tie: Tie, original: Forward, x: Tensor) -> Tensor:
         state, table, head = self.state, tie.table, tie.head
+        if x.dim() != 2:
+            raise BatchError(
+                f"layer {table.name!r}, whose table {head.name!r} shares, got ids of shape {tuple(x.shape)}, "
+                "which should be [rows, T]: use val_mode='separate'."
+            )
+        unit = state.rows
         output, *slots = TiedTableFunction.apply(
-            state.train_rows, self._run_untapped(table, original, x), self._input_rows(table, x),
+            unit, self._run_untapped(table, original, x, unit), self._input_rows(table, x, unit),
             table.module.padding_idx, table.params["weight"], state.probes[table.name, "weight"],
             state.probes[head.name, "weight"],
         )  # fmt: skip
         state.tied[table.name] = (x, *slots)
         return output
 
-    def _run_head(self, tie: Tie, tap: Tap, original: Callable[..., Any], x: Tensor) -> Tensor:
+    def _run_head(self, tie: Tie, tap: Tap, original: Forward, x: Tensor) -> Tensor:
         state, table, head = self.state, tie.table, tie.head
         if table.name not in state.tied:
             raise UnsupportedModelError(
@@ -271,6 +290,71 @@ class Instrument:
                 "val_mode='separate'."
             )
         return TiedHeadFunction.apply(
-            tap.how, state.train_rows, self._run_untapped(head, original, x), x.detach(), ids,
+            tap.how, state.rows, self._run_untapped(head, original, x, state.rows), x.detach(), ids,
             head.params["weight"], state.probes[head.name, "weight"], *slots,
         )  # fmt: skip
+
+    def _run_whole(self, tap: Tap, original: Forward, *args: Any, **kwargs: Any) -> Any:
+        """A module without a formula: see `ghost.generic`."""
+        layer, rule = tap.layer, tap.layer.rule
+        assert isinstance(rule, WholeRule)
+        params = {key: p.detach() for key, p in layer.params.items()} if self.detach_params else {}
+        with substituted(layer.module, params), rule.context():
+            returned = rule.outputs_rows_first(layer.module, original(*args, **kwargs))
+        leaves, spec = tree_flatten(rule.rows_first(layer.module, (args, kwargs)))
+        unit = self.units.of_call(layer, leaves)
+        flat, out_spec = tree_flatten(returned)
+        places = [i for i, o in enumerate(flat) if isinstance(o, Tensor) and o.is_floating_point()]
+        self._refuse_hidden_outputs(layer, flat)
+        outputs = [self._output_rows(layer, flat[i], unit) for i in places]
+        call = self._module_call(layer, original, leaves, spec, unit, outputs)
+        tensors, targets = self._tensors(tap)
+        tapped = GenericFunction.apply(tap, call, len(outputs), len(targets), *outputs, *tensors, *targets)
+        for i, output in zip(places, tapped, strict=True):
+            flat[i] = output
+        return rule.outputs_rows_first(layer.module, tree_unflatten(flat, out_spec))
+
+    def _refuse_hidden_outputs(self, layer: Layer, outputs: list[Any]) -> None:
+        """Refuse outputs by which gradients would pass a tap unseen."""
+        known = Tensor | int | float | str | None
+        strange = [
+            o for o in outputs if not isinstance(o, known) or (isinstance(o, Tensor) and o.is_complex())
+        ]
+        real = any(isinstance(o, Tensor) and o.is_floating_point() for o in outputs)
+        if strange or not real:
+            what = f"a {type(strange[0]).__name__}" if strange else "no floating-point tensor"
+            raise UnsupportedModelError(
+                f"layer {layer.name!r} ({type(layer.module).__name__}) has parameters of its own and returns "
+                f"{what}: it should return real tensors, or containers of them."
+            )
+
+    def _output_rows(self, layer: Layer, output: Tensor, unit: Unit) -> Tensor:
+        """A copy of a module's output that may be edited in place, with one entry per entry of the unit."""
+        if output.dim() > 0 and (output.shape[0] == unit.size or (output.dim() > 1 and output.shape[0] == 1)):
+            return output.expand(unit.size, *output.shape[1:]).clone()
+        raise UnsupportedModelError(
+            f"layer {layer.name!r} ({type(layer.module).__name__}) has parameters of its own and returns a "
+            f"tensor of shape {tuple(output.shape)}, whose first size should be the batch's {unit.size} "
+            "rows: register a rule for it or its parent with ghost.register_layer, or freeze its parameters."
+        )
+
+    def _module_call(
+        self, layer: Layer, original: Forward, leaves: list[Any], spec: TreeSpec, unit: Unit,
+        outputs: list[Tensor],
+    ) -> ModuleCall:  # fmt: skip
+        """What it takes to run the module again, in the backward."""
+        kept = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        device = outputs[0].device.type
+        return ModuleCall(
+            layer, self.state, unit, original, kept, spec,
+            owned=tuple(
+                i for i, leaf in enumerate(kept)
+                if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == unit.size
+            ),
+            outputs=tuple(output.detach().clone() for output in outputs),
+            autocast=(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
+        )  # fmt: skip
+
+
+def _twice(name: str, where: str) -> str:
+    return f"layer {name!r} runs twice {where}, and its uses must meet: use val_mode='separate'."

@@ -2,6 +2,7 @@
 weighs.
 """
 
+import inspect
 from enum import Enum
 from typing import Any
 
@@ -15,7 +16,8 @@ class LossReduction(Enum):
     """What the model's loss is a mean of.
 
     `CAUSAL_TOKEN_MEAN`: labels that are not -100 after the first position (the model shifts labels by one).
-    `TOKEN_MEAN`: labels that are not -100. `SAMPLE_MEAN`: rows. `SUM`: nothing, the loss is a sum.
+    `TOKEN_MEAN`: labels that are not -100. `SAMPLE_MEAN`: rows, but for those whose one integer label is
+    -100. `SUM`: nothing, the loss is a sum.
     """
 
     CAUSAL_TOKEN_MEAN = "causal_token_mean"
@@ -26,47 +28,69 @@ class LossReduction(Enum):
 
 IGNORED_LABEL = -100
 
+_BY_LOSS_FUNCTION = {
+    "ForCausalLMLoss": LossReduction.CAUSAL_TOKEN_MEAN,
+    "ForMaskedLMLoss": LossReduction.TOKEN_MEAN,
+    "ForTokenClassification": LossReduction.TOKEN_MEAN,
+    "ForSequenceClassificationLoss": LossReduction.SAMPLE_MEAN,
+}
+"""The losses that Hugging Face's models share, as `model.loss_function`, by name."""
+
 _BY_CLASS_ENDING = {
-    "ForCausalLM": LossReduction.CAUSAL_TOKEN_MEAN,
-    "LMHeadModel": LossReduction.CAUSAL_TOKEN_MEAN,
     "ForMaskedLM": LossReduction.TOKEN_MEAN,
     "ForTokenClassification": LossReduction.TOKEN_MEAN,
-    "ForConditionalGeneration": LossReduction.TOKEN_MEAN,
     "ForSequenceClassification": LossReduction.SAMPLE_MEAN,
     "ForImageClassification": LossReduction.SAMPLE_MEAN,
+    "ForMultipleChoice": LossReduction.SAMPLE_MEAN,
 }
+"""Of models that compute a loss of their own."""
+
+_ENCODER_DECODER_ENDING = "ForConditionalGeneration"
+"""Encoder-decoders with a loss of their own shift the decoder's inputs, not the labels."""
+
+_IRREGULAR = (
+    "Bros", "Canary", "CohereAsr", "Csm", "Florence2", "Git", "GraniteDocling", "HiggsAudio", "Luke",
+    "Moonshine", "Musicgen", "PPFormulaNet", "Pix2Struct", "ProphetNet", "Qwen3OmniMoeTalker", "VibeVoice",
+)  # fmt: skip
+"""Models whose forward shifts or filters labels first or adds terms, unlike others with such a class name."""
+
+_AUXILIARY = ("output_router_logits", "z_loss_coefficient")
+"""Settings under which a loss has terms that are no mean over labels."""
 
 
 def infer_reduction(model: nn.Module) -> LossReduction:
-    """The reduction of a Hugging Face model's loss, known by its class.
+    """The reduction of a Hugging Face model's loss, known by the loss function that it calls or by its class.
 
     Raises:
         GhostConfigError: The class is unknown, or its loss has auxiliary terms that are no mean over labels.
     """
-    config = getattr(model, "config", None)
-    name = type(model).__name__
-    if config is not None and getattr(config, "output_router_logits", False):
+    if type(model).__module__.startswith("peft."):  # the adapted model's loss is its base's
+        model = model.get_base_model()  # type: ignore[operator]
+    name, config = type(model).__name__, getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        for setting in _AUXILIARY:
+            if getattr(part, setting, False):
+                raise GhostConfigError(
+                    f"the loss of {name} has an auxiliary term (config.{setting}={getattr(part, setting)}) "
+                    "that joint batches cannot weigh: use val_mode='separate'."
+                )
+    reduction = None if config is None or name.startswith(_IRREGULAR) else _known(model, name, config)
+    if reduction is None:
+        choices = ", ".join(r.value for r in LossReduction)
         raise GhostConfigError(
-            f"the loss of {name} has an auxiliary term (config.output_router_logits=True) that joint batches "
-            "cannot weigh: use val_mode='separate'."
+            f"loss_reduction cannot be inferred for {name}: set it to what the model's loss is a mean of "
+            f"({choices}), or use val_mode='separate'."
         )
-    for ending, reduction in _BY_CLASS_ENDING.items():
-        if config is not None and name.endswith(ending) and _is_regular(name, config):
-            return reduction
-    choices = ", ".join(r.value for r in LossReduction)
-    raise GhostConfigError(
-        f"loss_reduction cannot be inferred for {name}: set it to what the model's loss is a mean of "
-        f"({choices}), or use val_mode='separate'."
-    )
+    return reduction
 
 
-def _is_regular(name: str, config: Any) -> bool:
-    """Whether the class counts as its name says: some old language models do not shift, some new ones with
-    images do.
-    """
-    if name.endswith("ForConditionalGeneration"):
-        return bool(getattr(config, "is_encoder_decoder", False))
-    return not name.startswith(("XLNet", "XLM"))
+def _known(model: nn.Module, name: str, config: Any) -> LossReduction | None:
+    forward = inspect.unwrap(type(model).forward)
+    if "loss_function" in forward.__code__.co_names:  # the forward calls self.loss_function
+        return _BY_LOSS_FUNCTION.get(getattr(model.loss_function, "__name__", ""))
+    if name.endswith(_ENCODER_DECODER_ENDING) and getattr(config, "is_encoder_decoder", False):
+        return LossReduction.TOKEN_MEAN
+    return next((found for ending, found in _BY_CLASS_ENDING.items() if name.endswith(ending)), None)
 
 
 def count(labels: Tensor, reduction: LossReduction) -> Tensor:
@@ -80,5 +104,8 @@ def count(labels: Tensor, reduction: LossReduction) -> Tensor:
         return (labels[:, 1:] != IGNORED_LABEL).sum()
     if reduction is LossReduction.TOKEN_MEAN:
         return (labels != IGNORED_LABEL).sum()
-    rows = labels.shape[0] if reduction is LossReduction.SAMPLE_MEAN else 1
-    return labels.new_full((), rows, dtype=torch.int64)
+    if reduction is LossReduction.SUM:
+        return labels.new_ones((), dtype=torch.int64)
+    if labels.numel() == labels.shape[0] and not labels.is_floating_point():  # a class each
+        return (labels != IGNORED_LABEL).sum()
+    return labels.new_full((), labels.shape[0], dtype=torch.int64)

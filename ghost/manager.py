@@ -3,6 +3,7 @@ gradients.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ghost.batch import Inputs, row_count, sample_indices
-from ghost.config import GhostConfig
+from ghost.config import GhostConfig, Resolution, convert
 from ghost.engines import Engine, LayerScores, LossFn, engine_class
-from ghost.errors import GhostConfigError, ProtocolError
-from ghost.scores import ScoreLog
+from ghost.errors import BatchError, GhostConfigError, ProtocolError, shown
+from ghost.scores import Column, ScoreLog
 from ghost.update import SKIPPED, Update, UpdateObserver
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class _Step:
         return torch.cat(self.samples)
 
     def by_parameter(self) -> LayerScores:
-        """Scores `[b]` of all micro-batches by layer and parameter name."""
-        return {key: torch.cat([part[key] for part in self.scores]) for key in self.scores[0]}
+        """Scores `[K, B, C]` of all micro-batches by layer and parameter name."""
+        return {key: torch.cat([part[key] for part in self.scores], dim=1) for key in self.scores[0]}
 
 
 class ScoredStep:
@@ -79,7 +80,8 @@ class GhostEngineManager:
         model: The model; wrapped by `torch.compile`, or by DDP in one process, is fine.
         optimizer: Its optimizer, observed for learning rates, clipping and skipped steps.
         ddp_info: Accepted for GhostSuite's loops; this version scores one process.
-        val_data: `(X_val, Y_val)`, tensors or dicts of tensors with a row per sample.
+        val_data: `(X_val, Y_val)`, tensors or dicts of tensors with a row per sample; or several validation
+            sets by name, `{"code": (X, Y), …}`, each with a column of the scores.
         loss_fn: `loss_fn(model, X, Y)`, the loss of a validation batch for `val_mode='separate'`; by default
             `model(**inputs, labels=Y).loss`. Under autocast it should enter autocast itself.
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
@@ -90,9 +92,14 @@ class GhostEngineManager:
 
     def __init__(
         self, config: Any, model: nn.Module, optimizer: torch.optim.Optimizer, ddp_info: Any = None,
-        val_data: tuple[Inputs, Tensor] | None = None, loss_fn: LossFn | None = None, scaler: Any = None,
+        val_data: Any = None, loss_fn: LossFn | None = None, scaler: Any = None,
     ) -> None:  # fmt: skip
         del ddp_info
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+            raise GhostConfigError(
+                f"model and optimizer are a {type(model).__name__} and a {type(optimizer).__name__}: give an "
+                "nn.Module and its torch.optim.Optimizer."
+            )
         self.config = GhostConfig.read(config)
         _refuse_several_processes(self.config)
         self.model = unwrap(model)
@@ -104,12 +111,26 @@ class GhostEngineManager:
         self._log = ScoreLog(Path(out) / "scores", self.config.storage_dtype) if out else None
         self._observer = UpdateObserver(optimizer, self.model)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._untrained = self._outside_groups()
         self._step: _Step | None = None
         self._micro_batch_open = False
         self._complete = False
         self._closed = False
         self.is_active = False
         self.reattach_after_evaluation()
+
+    def _outside_groups(self) -> list[str]:
+        """Scored parameters that the optimizer does not have: no step moves them, so they are credited
+        nothing.
+        """
+        groups = self._observer.groups()
+        scored = {f"{layer}.{key}" if layer else key for layer, key in self.engine.parts()}
+        missing = sorted(name for name in scored if id(self._parameters[name]) not in groups)
+        if missing:
+            log.warning(
+                "the optimizer does not have %s: their scores are credited nothing.", ", ".join(missing)
+            )
+        return missing
 
     def attach_train_batch(
         self, X: Inputs, Y: Tensor, iteration: int, batch_idx: Sequence[int] | Tensor,
@@ -135,8 +156,20 @@ class GhostEngineManager:
                 f"step {self._step.iteration} is still open at iteration {iteration}: call "
                 "prepare_gradients() after its last backward."
             )
+        if type(iteration) is not int:
+            raise BatchError(f"iteration={shown(iteration)} should be a whole number, the optimizer step.")
+        if share is not None and not _is_number(share):
+            raise BatchError(
+                f"share={shown(share)} should be a number, this micro-batch's share of the step's loss."
+            )
         sample = sample_indices(batch_idx, row_count(X, "the training batch"))
-        self._share = 1.0 / self.config.gradient_accumulation_steps if share is None else share
+        steps = self.config.gradient_accumulation_steps
+        if share is None and self._step is not None and len(self._step.samples) == steps:
+            raise ProtocolError(
+                f"step {iteration} has more micro-batches than gradient_accumulation_steps={steps}: set it "
+                "to their number, or give each micro-batch its share."
+            )
+        self._share = 1.0 / steps if share is None else share
         self.engine.begin(X, Y, self._step is None, self._share)
         self._step = self._step or _Step(iteration)
         self._step.samples.append(sample)
@@ -197,6 +230,12 @@ class GhostEngineManager:
         it.
         """
         self._need_open_micro_batch("backward")
+        if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
+            raise ProtocolError(
+                "step.backward(loss) needs the model's own loss, a tensor of one number with a gradient, not "
+                f"{type(loss).__name__}{list(loss.shape) if isinstance(loss, Tensor) else ''}."
+            )
+        self.engine.check_loss(loss)
         factor = self.engine.loss_factor()
         weight = self._share if factor is None else factor * self._share
         if isinstance(weight, Tensor) or weight != 1.0:
@@ -207,19 +246,50 @@ class GhostEngineManager:
 
     @property
     def scores(self) -> Tensor:
-        """Scores of the latest step's samples, `[B]`, in the order in which they were attached; empty without
-        scoring.
+        """Scores of the latest step's samples in the order in which they were attached: `[B]`, or with a
+        column for each validation sample (`pairwise`) or validation set, `[B, C]`; empty without scoring.
         """
-        parts = list(self._by_parameter().values())
-        return torch.stack(parts).sum(0) if parts else torch.zeros(0)
+        parts = [part.sum(0) for part in self._by_parameter().values()]
+        return self._plain(torch.stack(parts).sum(0)) if parts else torch.zeros(0)
 
     @property
     def scores_by_layer(self) -> dict[str, Tensor]:
-        """The same scores by layer name, `[B]` each; they sum to `scores`."""
-        layers: dict[str, Tensor] = {}
-        for (layer, _), part in self._by_parameter().items():
-            layers[layer] = layers[layer] + part if layer in layers else part
-        return layers
+        """`scores` by layer name; they sum to `scores`."""
+        return self.scores_by(Resolution.LAYER)
+
+    def scores_by(self, resolution: Resolution | str) -> dict[str, Tensor]:
+        """`scores` by layer, by family or by attention head (what belongs to no head stands under its layer's
+        name); whatever the resolution, they sum to `scores`.
+
+        Raises:
+            GhostConfigError: Heads were not told apart in the backward, since the manager's `resolution` is
+                another.
+        """
+        wanted: Resolution = convert("resolution", resolution)
+        if wanted is Resolution.HEAD and self.config.resolution is not Resolution.HEAD:
+            raise GhostConfigError(
+                f"resolution={self.config.resolution.value!r} does not tell heads apart: set it to 'head'."
+            )
+        found: dict[str, Tensor] = {}
+        for label, _, part in self._labelled(wanted):
+            found[label] = found[label] + part if label in found else part
+        return {label: self._plain(part) for label, part in found.items()}
+
+    def _plain(self, scores: Tensor) -> Tensor:
+        """`[B, C]`, or `[B]` where there is one column that nobody asked to be a column."""
+        return scores if self.config.pairwise or self.engine.columns != ("",) else scores[:, 0]
+
+    def _labelled(self, resolution: Resolution) -> Iterator[tuple[str, str, Tensor]]:
+        """Label, parameter and scores `[B, C]` of every part of the latest step's scores."""
+        parts = self.engine.parts()
+        for (layer, key), scores in self._by_parameter().items():
+            parameter = f"{layer}.{key}" if layer else key
+            for (name, family), part in zip(parts[layer, key], scores, strict=True):
+                label = {
+                    Resolution.TOTAL: "total", Resolution.LAYER: layer, Resolution.FAMILY: family,
+                    Resolution.HEAD: name,
+                }[resolution]  # fmt: skip
+                yield label, parameter, part
 
     def aggregate_and_log(self) -> None:
         """After `optimizer.step()`: the step's rows are ready to be written."""
@@ -268,29 +338,42 @@ class GhostEngineManager:
                 "step %d was skipped by the optimizer: its samples are credited nothing.", step.iteration
             )
             update = SKIPPED
-        score, lr = self._by_learning_rate(by_parameter, update)
-        self._log.append(step.iteration, step.sample(), score, lr, update.clip)
+        columns, score, lr = self._columns(update)
+        val = self.engine.val_rows() if self.config.pairwise else None
+        self._log.append(step.iteration, step.sample(), score, lr, update.clip, columns, val)
         step.samples = []
 
-    def _by_learning_rate(self, by_parameter: LayerScores, update: Update) -> tuple[Tensor, Tensor]:
-        """Scores `[n]` and their learning rate, or `[n, R]` and one rate a parameter group where the rates
-        differ.
+    def _columns(self, update: Update) -> tuple[list[Column], Tensor, Tensor]:
+        """The step's scores `[n, K]` with what each column is, and each column's learning rate `[K]`.
+
+        A column is a part of the model, as far as `resolution` tells them apart, against a validation set or
+        sample; parts whose parameter groups have learning rates of their own are columns of their own.
         """
-        stacked = torch.stack(list(by_parameter.values()))  # [P, n]
-        if bool((update.lr == update.lr[0]).all()):
-            return stacked.sum(0), update.lr[0]
         groups = self._observer.groups()
-        index = [
-            groups[id(self._parameters[f"{layer}.{key}" if layer else key])] for layer, key in by_parameter
-        ]
-        score = stacked.new_zeros(len(update.lr), stacked.shape[1])
-        score.index_add_(0, torch.tensor(index, device=stacked.device), stacked)
-        return score.T, update.lr
+        lr = torch.cat([update.lr, update.lr.new_zeros(1)])  # what no group has is not trained
+        if not bool((update.lr != update.lr[0]).any()) and not self._untrained:
+            groups = dict.fromkeys(groups, 0)
+        found: dict[tuple[str, int], Tensor] = {}
+        for label, parameter, part in self._labelled(self.config.resolution):
+            key = label, groups.get(id(self._parameters[parameter]), len(update.lr))
+            found[key] = found[key] + part if key in found else part
+        wide = next(iter(found.values())).shape[1]
+        names = [f"pair {j}" for j in range(wide)] if self.config.pairwise else self.engine.columns
+        columns = [Column(label, group, name) for label, group in found for name in names]
+        score = torch.stack(list(found.values()), dim=1).flatten(1)  # [n, parts * C]
+        rates = torch.stack([lr[group] for _, group in found]).repeat_interleave(len(names))
+        return columns, score, rates
 
     def detach_for_evaluation(self) -> None:
         """Leave the model as it was before the manager came; a micro-batch in progress is dropped."""
         if self._micro_batch_open:
             self._abandon_step()
+        elif self._step is not None and self._step.samples and not self._complete:
+            log.warning(
+                "step %d is left unfinished: its %d samples are not scored.",
+                self._step.iteration, len(self._step.sample()),
+            )  # fmt: skip
+            self._step = None
         self.engine.detach()
         self.is_active = False
 
@@ -336,6 +419,12 @@ class GhostEngineManager:
     def _need_open_micro_batch(self, call: str) -> None:
         if not self._micro_batch_open:
             raise ProtocolError(f"{call}() needs a training batch: call attach_train_batch() first.")
+
+
+def _is_number(share: Any) -> bool:
+    if isinstance(share, Tensor):
+        return share.numel() == 1
+    return isinstance(share, int | float) and math.isfinite(share)
 
 
 def _refuse_several_processes(config: GhostConfig) -> None:

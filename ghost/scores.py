@@ -1,7 +1,11 @@
 """Score shards: flat tensors with one row for each scored sample at each step, written atomically."""
 
+import json
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -12,20 +16,44 @@ COLUMNS = ("step", "sample", "score", "lr", "clip")
 
 
 def save_atomically(obj: object, path: Path) -> None:
-    """`torch.save` to a neighbour, flushed to disk, then renamed: the file is whole or not there."""
+    """`torch.save` of a whole file or none."""
+    write_atomically(path, lambda file: torch.save(obj, file))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a neighbour, flush it to disk, then rename it: the file is whole or not there."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        torch.save(obj, file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
+@dataclass(frozen=True)
+class Column:
+    """What a column of a wide shard's scores is.
+
+    Attributes:
+        part: The layer, family or head, or "total".
+        lr_group: The optimizer's parameter group.
+        val: The validation set; "pair j" for the step's j-th validation row; empty where there is one set.
+    """
+
+    part: str
+    lr_group: int
+    val: str
+
+
+ONE_COLUMN = (Column("total", 0, ""),)
+
+
 class ScoreLog:
     """Rows `(step, sample, score, lr, clip)` on their way to `scores/shard-*.pt`.
 
-    Where parameter groups have learning rates of their own, `score` and `lr` are `[n, R]` with one column a
-    group; else `[n]`.
+    With one column `score` and `lr` are `[n]`, else `[n, K]`, and `shard-*.json` beside the shard says what
+    each column is. Columns add up to a row's value, `Σ_k score_k · lr_k · clip`. Pairwise shards have `val
+    [n, V]` as well, the validation rows that the columns are about.
 
     Args:
         directory: The shards' folder; made when the first shard is written. Must not hold shards of another
@@ -42,36 +70,54 @@ class ScoreLog:
             )
         self.directory, self._dtype = directory, dtype
         self._rows: list[dict[str, Tensor]] = []
+        self._columns: tuple[Column, ...] = ONE_COLUMN
         self._shards = 0
 
-    def append(self, step: int, sample: Tensor, score: Tensor, lr: Tensor, clip: Tensor) -> None:
+    def append(
+        self, step: int, sample: Tensor, score: Tensor, lr: Tensor, clip: Tensor,
+        columns: Sequence[Column] = ONE_COLUMN, val: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Add one step's rows; they stay on their device until they are written.
 
         Args:
             sample: `[n]` int64.
-            score: `[n]` or `[n, R]`.
-            lr: 0-dim or `[R]`.
+            score: `[n, K]`.
+            lr: `[K]`.
             clip: 0-dim.
+            columns: What the K columns are.
+            val: `[V]` int64, the validation rows that pairwise columns are about.
         """
-        if self._rows and self._rows[-1]["score"].shape[1:] != score.shape[1:]:
-            self.flush()  # a shard's rows have one width
-        self._rows.append(
-            {
-                "step": torch.full_like(sample, step),
-                "sample": sample,
-                "score": score.to(self._dtype),
-                "lr": lr.double().expand(score.shape),
-                "clip": clip.double().expand(sample.shape[0]),
-            }
-        )
+        if tuple(columns) != self._columns:
+            self.flush()  # a shard's rows have the same columns
+        self._columns = tuple(columns)
+        flat = score[:, 0] if len(columns) == 1 else score
+        row = {
+            "step": torch.full_like(sample, step),
+            "sample": sample,
+            "score": flat.to(self._dtype),
+            "lr": lr.double().expand(score.shape).reshape(flat.shape),
+            "clip": clip.double().expand(sample.shape[0]),
+        }
+        self._rows.append(row if val is None else row | {"val": val.expand(sample.shape[0], -1)})
 
     def flush(self) -> Path | None:
         """Write what has been added since the last shard; returns its path, or None for nothing."""
         if not self._rows:
             return None
-        shard = {key: torch.cat([row[key].cpu() for row in self._rows]) for key in COLUMNS}
+        shard = {key: torch.cat([row[key].cpu() for row in self._rows]) for key in self._rows[0]}
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"shard-{self._shards:05d}.pt"
+        if len(self._columns) > 1:
+            described = json.dumps([asdict(column) for column in self._columns], indent=1)
+            write_atomically(path.with_suffix(".json"), lambda file: file.write(described.encode()))
         save_atomically(shard, path)
         self._rows, self._shards = [], self._shards + 1
         return path
+
+
+def read_columns(shard: Path) -> tuple[Column, ...]:
+    """What the columns of a shard's scores are."""
+    described = shard.with_suffix(".json")
+    if not described.exists():
+        return ONE_COLUMN
+    return tuple(Column(**column) for column in json.loads(described.read_text()))

@@ -9,12 +9,13 @@ on its output receives the output's gradient, takes the layer's per-sample gradi
 * for the probes (zero tensors with one entry per training sample, which take no part in the forward): the
   inner products `⟨∇L_val, g_i⟩`. Autograd adds them up over uses and micro-batches.
 
-A tap keeps no state, uses no hooks, and is traced by `torch.compile` like any autograd function.
+A tap uses no hooks, and is traced by `torch.compile` like any autograd function. It keeps no state; only uses
+of shared parameters wait in the step's ledger for each other.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch.autograd import Function
 from ghost.algebra import row_dots
 from ghost.errors import UnsupportedModelError
 from ghost.gradients import Algebra, OuterProducts, RowGathers, SampleGradients
-from ghost.layers import Layer
+from ghost.layers import Layer, LayerRule
+from ghost.step import Parts, StepState, Unit, Use, part_scores
 
 Grads = list[Tensor | None]
 
@@ -41,71 +43,141 @@ def wide(grad: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tap(ABC):
-    """What a layer's tap computes. Its tensors are, in this order: parameters, probes, targets."""
+    """What a layer's tap computes. Its tensors are, in this order: parameters, probes, targets.
+
+    Attributes:
+        scored: The parts of each parameter that are scored, by its name in the layer.
+        how: The algebra for matrices.
+    """
 
     layer: Layer
-    scored: bool
+    scored: Mapping[str, Parts]
     how: Algebra
 
-    def sample_gradients(self, x: Tensor, grad: Tensor) -> list[SampleGradients]:
+    def sample_gradients(self, x: Tensor, grad: Tensor) -> dict[str, SampleGradients]:
         """Per-sample gradients of the layer's trainable parameters, in their order."""
+        rule = self.layer.rule
+        assert isinstance(rule, LayerRule)
         grad = wide(grad)
-        found = self.layer.rule.gradients(self.layer.module, in_dtype_of(grad, x), grad)
+        found = rule.gradients(self.layer.module, in_dtype_of(grad, x), grad)
         missing = set(self.layer.params) - set(found)
         if missing:
             raise UnsupportedModelError(
-                f"the rule {type(self.layer.rule).__name__} gives no gradients for {sorted(missing)} of "
-                f"layer {self.layer.name!r}."
+                f"the rule {type(rule).__name__} gives no gradients for {sorted(missing)} of layer "
+                f"{self.layer.name!r}."
             )
-        return [found[name] for name in self.layer.params]
+        return {name: found[name] for name in self.layer.params}
 
     @abstractmethod
-    def backward(self, train_rows: int, x: Tensor, grad: Tensor, targets: Sequence[Tensor]) -> Grads:
+    def backward(
+        self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
+    ) -> Grads:
         """Gradients for the tap's tensors.
 
         Args:
-            train_rows: b, the leading rows of the batch that are training samples.
-            x: The layer's input `[rows, …]`.
-            grad: The gradient at its output `[rows, …]`.
-            targets: Validation gradients in the parameters' shapes, where the tap has any.
+            unit: Which samples the gradients are of.
+            gradients: Per-sample gradients of every trainable parameter.
+            targets: Validation gradients `[C, *shape]` of the scored parameters, where the tap has any.
         """
 
 
+@dataclass(frozen=True)
 class ConcatTap(Tap):
-    """Training and validation rows in one batch: the validation gradient is found in the same backward."""
+    """Training and validation rows in one batch: the validation gradient is found in the same backward.
 
-    def backward(self, train_rows: int, x: Tensor, grad: Tensor, targets: Sequence[Tensor]) -> Grads:
+    Attributes:
+        state: Where the ledger of shared parameters is.
+        shared: Parameters that other layers have as well.
+    """
+
+    state: StepState = field(repr=False, compare=False)
+    shared: frozenset[str]
+
+    def backward(
+        self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
+    ) -> Grads:
+        self._note_backward()
         totals: Grads = []
         dots: Grads = []
-        for gradients in self.sample_gradients(x, grad):
-            train, val = gradients.split(train_rows)
-            if self.scored:
-                total, dot = train.sum_and_score(val, self.how)
-                dots.append(dot)
+        for key, found in gradients.items():
+            train, val = found.split(unit.train)
+            parts = self.scored.get(key, ())
+            if self._waits(key):
+                self.state.ledger.add(Use(self.layer, key, parts, unit, train, val))
+                total, dot = train.sum(), None
             else:
-                total = train.sum()
+                total, dot = self._sum_and_scores(train, val, parts, unit)
             totals.append(total)
+            if parts:
+                dots.append(dot)
         return totals + dots
+
+    def _note_backward(self) -> None:
+        """Refuse a second backward through a use whose scores were settled by the first."""
+        if torch.compiler.is_compiling():
+            return
+        ledger, name = self.state.ledger, self.layer.name
+        ledger.settled[name] += 1
+        if ledger.settled[name] > max(1, ledger.calls[name]):
+            raise UnsupportedModelError(
+                f"layer {name!r} is differentiated more often than it ran (several backwards through one "
+                "forward, or re-entrant activation checkpointing of a layer that has another use): use "
+                "val_mode='separate', or one backward over the sum of the losses."
+            )
+
+    def _waits(self, key: str) -> bool:
+        """Whether other uses of the parameter have a say in its validation gradient."""
+        if torch.compiler.is_compiling():
+            return False
+        return key in self.shared or self.state.ledger.calls[self.layer.name] > 1
+
+    def _sum_and_scores(
+        self, train: SampleGradients, val: SampleGradients, parts: Parts, unit: Unit
+    ) -> tuple[Tensor, Tensor | None]:
+        if not parts:
+            return train.sum(), None
+        if tuple(parts) == (None,):
+            total, dots = train.sum_and_scores(val, unit.sizes, self.how)
+            return total, unit.to_rows(dots)[None]
+        found = []
+        for part in parts:
+            cut = (part.axis, part.index) if part is not None else None
+            mine, theirs = (train.take(*cut), val.take(*cut)) if cut else (train, val)
+            found.append(mine.scores(theirs, unit.sizes, self.how))
+        return train.sum(), unit.to_rows(torch.stack(found))
 
 
 class TargetTap(Tap):
     """The validation gradient is given; the training gradient is summed on the way to the inner products."""
 
-    def backward(self, train_rows: int, x: Tensor, grad: Tensor, targets: Sequence[Tensor]) -> Grads:
-        pairs = [
-            gradients.sum_and_dot(target, self.how)
-            for gradients, target in zip(self.sample_gradients(x, grad), targets, strict=True)
-        ]
-        return [total for total, _ in pairs] + [dot for _, dot in pairs] + [None] * len(targets)
+    def backward(
+        self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
+    ) -> Grads:
+        by_key = dict(zip(self.scored, targets, strict=True))
+        totals: Grads = []
+        dots: Grads = []
+        for key, found in gradients.items():
+            parts = self.scored.get(key, ())
+            if tuple(parts) == (None,):
+                total, dot = found.sum_and_dots(by_key[key], self.how)
+                dots.append(unit.to_rows(dot)[None])
+            else:
+                total = found.sum()
+                if parts:
+                    dots.append(part_scores(found, list(by_key[key]), parts, unit))
+            totals.append(total)
+        return totals + dots + [None] * len(targets)
 
 
 class WatchTap(Tap):
     """The validation gradient is given and the layer's own backward is left alone, bit for bit."""
 
-    def backward(self, train_rows: int, x: Tensor, grad: Tensor, targets: Sequence[Tensor]) -> Grads:
+    def backward(
+        self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
+    ) -> Grads:
         dots: Grads = [
-            gradients.dot(target)
-            for gradients, target in zip(self.sample_gradients(x, grad), targets, strict=True)
+            part_scores(gradients[key], list(target), parts, unit)
+            for (key, parts), target in zip(self.scored.items(), targets, strict=True)
         ]
         return dots + [None] * len(targets)
 
@@ -115,10 +187,10 @@ class TapFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tap: Tap, train_rows: int, output: Tensor, x: Tensor, shape: torch.Size, targets: int,
+        ctx: Any, tap: Tap, unit: Unit, output: Tensor, x: Tensor, shape: torch.Size, targets: int,
         *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.tap, ctx.train_rows, ctx.shape = tap, train_rows, shape
+        ctx.tap, ctx.unit, ctx.shape = tap, unit, shape
         ctx.save_for_backward(x, *tensors[len(tensors) - targets :])
         ctx.mark_dirty(
             output
@@ -129,7 +201,8 @@ class TapFunction(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, *targets = ctx.saved_tensors
-        found = ctx.tap.backward(ctx.train_rows, x, grad.reshape(ctx.shape), targets)
+        gradients = ctx.tap.sample_gradients(x, grad.reshape(ctx.shape))
+        found = ctx.tap.backward(ctx.unit, gradients, targets)
         return None, None, grad, None, None, None, *found
 
 
@@ -148,19 +221,19 @@ class TiedTableFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, train_rows: int, output: Tensor, ids: Tensor, padding_idx: int | None, weight: Tensor,
+        ctx: Any, unit: Unit, output: Tensor, ids: Tensor, padding_idx: int | None, weight: Tensor,
         probe: Tensor, head_probe: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.train_rows, ctx.padding_idx, ctx.num_rows = train_rows, padding_idx, weight.shape[0]
+        ctx.unit, ctx.padding_idx, ctx.num_rows = unit, padding_idx, weight.shape[0]
         ctx.save_for_backward(ids)
         ctx.mark_dirty(output)
         rows, tokens, width = output.shape
-        train_tokens, val_tokens = train_rows * tokens, (rows - train_rows) * tokens
+        train_tokens, val_tokens = unit.train * tokens, (rows - unit.train) * tokens
         nothing = output.new_zeros(())
         return (
             output,
-            nothing.expand(train_rows, tokens, val_tokens),
-            nothing.expand(train_rows, tokens, width),
+            nothing.expand(unit.train, tokens, val_tokens),
+            nothing.expand(unit.train, tokens, width),
             nothing.expand(val_tokens, train_tokens),
             nothing.expand(val_tokens, width),
         )
@@ -170,11 +243,18 @@ class TiedTableFunction(Function):
         grad, columns, inputs, val_columns, val_inputs = grads
         (ids,) = ctx.saved_tensors
         real = 1 if ctx.padding_idx is None else (ids != ctx.padding_idx)[:, :, None]
-        train, val = RowGathers(ids, grad * real, ctx.num_rows).split(ctx.train_rows)
-        head_val_grad = (val_columns.T @ val_inputs).view_as(train.grad)  # its rows at the training tokens
-        dots = train.dot_compact(*val.compact()) + row_dots(head_val_grad, train.grad)
-        head_dots = row_dots(columns @ val.grad.flatten(0, 1), inputs)
-        return None, grad, None, None, train.sum(), dots, head_dots
+        train, val = RowGathers(ids, grad * real, ctx.num_rows).split(ctx.unit.train)
+        tokens = [size * ids.shape[1] for size in ctx.unit.sizes]  # validation tokens of each column
+        dots, head_dots = [], []
+        for part, at_val, val_at_train, val_x in zip(
+            val.columns(ctx.unit.sizes), columns.split(tokens, 2), val_columns.split(tokens),
+            val_inputs.split(tokens), strict=True,
+        ):  # fmt: skip
+            head_val_grad = (val_at_train.T @ val_x).view_as(train.grad)  # its rows at the training tokens
+            dots.append(train.dot_compact(*part.compact()) + row_dots(head_val_grad, train.grad))
+            head_dots.append(row_dots(at_val @ part.grad.flatten(0, 1), inputs))
+        found = torch.stack(dots, 1)[None], torch.stack(head_dots, 1)[None]  # [1, b, C] each
+        return None, grad, None, None, train.sum(), *found
 
 
 class TiedHeadFunction(Function):
@@ -184,10 +264,10 @@ class TiedHeadFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, how: Algebra, train_rows: int, output: Tensor, x: Tensor, ids: Tensor, weight: Tensor,
+        ctx: Any, how: Algebra, unit: Unit, output: Tensor, x: Tensor, ids: Tensor, weight: Tensor,
         probe: Tensor, *slots: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.how, ctx.train_rows = how, train_rows
+        ctx.how, ctx.unit = how, unit
         ctx.save_for_backward(x, ids)
         ctx.mark_dirty(output)
         return output
@@ -197,10 +277,11 @@ class TiedHeadFunction(Function):
         (grad,) = grads
         x, ids = ctx.saved_tensors
         tied = wide(grad)
-        train_ids, val_ids = ids[: ctx.train_rows].flatten(), ids[ctx.train_rows :].flatten()  # [b*T], [S]
-        train, val = OuterProducts(tied, in_dtype_of(tied, x)).split(ctx.train_rows)
-        total, dots = train.sum_and_score(val, ctx.how)
+        b = ctx.unit.train
+        train_ids, val_ids = ids[:b].flatten(), ids[b:].flatten()  # [b*T], [S]
+        train, val = OuterProducts(tied, in_dtype_of(tied, x)).split(b)
+        total, dots = train.sum_and_scores(val, ctx.unit.sizes, ctx.how)
         columns = train.left.index_select(2, val_ids)
         val_columns = val.left.flatten(0, 1).index_select(1, train_ids)
         val_inputs = val.right.flatten(0, 1)
-        return None, None, grad, None, None, total, dots, columns, train.right, val_columns, val_inputs
+        return None, None, grad, None, None, total, dots[None], columns, train.right, val_columns, val_inputs

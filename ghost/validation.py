@@ -5,62 +5,114 @@ and each layer finds the validation gradient in its own backward. `SeparateValid
 the validation rows comes first, and hands every layer its part of the gradient as a target.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ghost.algebra import accumulation_dtype
-from ghost.batch import Inputs, check_labels, join_inputs, join_labels, row_count, take_rows, to_device
+from ghost.batch import (
+    Inputs,
+    check_labels,
+    join_inputs,
+    join_labels,
+    plain,
+    row_count,
+    take_rows,
+    to_device,
+)
 from ghost.config import GhostConfig
-from ghost.discovery import find_ties, refuse_uncovered
+from ghost.discovery import find_ties, shared_parameters
 from ghost.engines.base import LossFn
-from ghost.errors import GhostConfigError
+from ghost.errors import GhostConfigError, shown
 from ghost.instrument import Instrument
 from ghost.layers import Layer
 from ghost.loss import LossReduction, count, infer_reduction
+from ghost.step import Parts, StepState
 from ghost.taps import ConcatTap, Tap, TargetTap, WatchTap
 
 
 def model_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Tensor:
     """A Hugging Face model's own loss."""
     inputs = {"input_ids": X} if isinstance(X, Tensor) else X
-    return model(**inputs, labels=Y).loss
+    return model(**{**inputs, "labels": Y}).loss
+
+
+Join = Callable[[tuple[Inputs, Tensor], tuple[Inputs, Tensor]], tuple[Inputs, Tensor]]
+ScoredParts = dict[str, dict[str, Parts]]
+"""The parts of each parameter that are scored, by layer name and parameter name."""
+
+ValData = tuple[Inputs, Tensor] | Mapping[str, tuple[Inputs, Tensor]]
+"""Validation inputs and labels, or several named sets of them."""
+
+
+def _pad_id(model: nn.Module) -> int:
+    """A Hugging Face model's padding token; 0 where it has none."""
+    config = getattr(model, "config", None)
+    configs = (config, getattr(config, "text_config", None))
+    return next((found for c in configs if (found := getattr(c, "pad_token_id", None)) is not None), 0)
 
 
 class ValidationRows:
-    """The validation rows on the model's device."""
+    """The validation rows on the model's device, set after set.
 
-    def __init__(self, val_data: tuple[Inputs, Tensor] | None, device: torch.device) -> None:
+    Attributes:
+        names: Names of the sets; `("",)` for one without a name.
+        bounds: First row of each set, and the number of rows.
+    """
+
+    def __init__(self, val_data: ValData | None, device: torch.device, join: Join) -> None:
         if val_data is None:
             raise GhostConfigError(
                 "val_data is missing: give (X_val, Y_val), the rows whose loss the scores are about."
             )
-        if not isinstance(val_data, tuple | list) or len(val_data) != 2:
-            raise GhostConfigError(f"val_data should be (X_val, Y_val), not {val_data!r:.60}.")
-        X, Y = val_data
-        self.rows = row_count(X, "val_data")
-        check_labels(Y, self.rows, "val_data")
-        self.X, self.Y = to_device(X, device), Y.to(device)
+        sets = dict(val_data) if isinstance(val_data, Mapping) else {"": val_data}
+        if not sets:
+            raise GhostConfigError(
+                "val_data is an empty mapping: give at least one named set (X_val, Y_val)."
+            )
+        self.names, self.bounds = tuple(sets), [0]
+        parts = []
+        for name, pair in sets.items():
+            what = f"val_data[{name!r}]" if name else "val_data"
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise GhostConfigError(f"{what} should be (X_val, Y_val), not {shown(pair)}.")
+            X, Y = pair
+            rows = row_count(X, what)
+            check_labels(Y, rows, what)
+            parts.append((to_device(X, device), Y.to(device)))
+            self.bounds.append(self.bounds[-1] + rows)
+        self.X, self.Y = functools.reduce(join, parts)
+        self.rows = self.bounds[-1]
 
     def take(self, rows: Tensor | slice) -> tuple[Inputs, Tensor]:
         """The given rows."""
         return take_rows(self.X, rows), self.Y[rows]
 
+    def spans(self) -> list[tuple[str, int, int]]:
+        """Name, first row and end of each set."""
+        return list(zip(self.names, self.bounds, self.bounds[1:], strict=False))
+
 
 class Validation(ABC):
-    """How an engine brings the validation gradient to the layers."""
+    """How an engine brings the validation gradient to the layers.
+
+    Attributes:
+        columns: Names of the scores' columns: `("",)`, or the validation sets.
+    """
 
     instrument: Instrument
+    columns: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """Validation rows of each column that join a training batch."""
 
     @abstractmethod
-    def begin(self, Y: Tensor, first: bool) -> int:
-        """Get ready for a training micro-batch with labels `Y`, the first of its step or a later one.
-
-        Returns how many validation rows join it.
-        """
+    def begin(self, Y: Tensor, first: bool) -> None:
+        """Get ready for a training micro-batch with labels `Y`, the first of its step or a later one."""
 
     @abstractmethod
     def release(self) -> None:
@@ -71,12 +123,16 @@ class Validation(ABC):
         """What goes through the model."""
 
     @abstractmethod
+    def val_rows(self) -> Tensor:
+        """Which validation rows this step's columns are about, in their order, `[v]` int64."""
+
+    @abstractmethod
     def loss_factor(self) -> Tensor | None:
         """Factor on the model's loss that leaves the training rows' own loss in it; None for 1."""
 
     @abstractmethod
     def score_factor(self, share: float | Tensor, scale: Tensor | None) -> Tensor | float:
-        """Factor on the probes' gradients.
+        """Factor on the probes' gradients, one for all columns or one each.
 
         Args:
             share: The factor on this micro-batch's loss in the step's loss.
@@ -85,74 +141,120 @@ class Validation(ABC):
 
 
 class JointValidation(Validation):
-    """Each step takes the next `val_batch_size` validation rows in turn into its passes.
+    """Each step takes the next `val_batch_size` rows of each validation set, in turn, into its passes.
 
     With `n` the numbers of labels that the model's mean counts, a joint mean loss is `(n_t L_t + n_v L_v) /
     (n_t + n_v)`. Multiplied by
     `(n_t + n_v) / n_t` its gradient on the training rows is `∇L_t`, on the validation rows `(n_v / n_t)
-    ∇L_v`.
+    ∇L_v`, and so on those of a set s `(n_s / n_t) ∇L_s`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: list[Layer],
-        config: GhostConfig,
-        val_data: tuple[Inputs, Tensor] | None,
-    ) -> None:
-        refuse_uncovered(model, layers)
+        self, model: nn.Module, state: StepState, layers: list[Layer], scored: ScoredParts,
+        config: GhostConfig, val_data: ValData | None,
+    ) -> None:  # fmt: skip
         parameter = next(iter(layers[0].params.values()))
         self._dtype = accumulation_dtype(parameter.dtype)
-        self._val = ValidationRows(val_data, parameter.device)
         self._reduction = config.loss_reduction or infer_reduction(model)
-        self._batch = min(config.val_batch_size or self._val.rows, self._val.rows)
-        self._pad_id = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-        self._cursor = 0
+        self._pad_id = _pad_id(model)
+        self._val = ValidationRows(val_data, parameter.device, self._join)
+        self._batches = [min(config.val_batch_size or hi - lo, hi - lo) for _, lo, hi in self._val.spans()]
+        self._cursors = [0 for _ in self._batches]
+        self._pairwise = config.pairwise
+        self.columns = self._val.names
+        self.sizes = (1,) * sum(self._batches) if config.pairwise else tuple(self._batches)
         self._refuse_uncounted_rows()
-        self._X, self._Y = self._val.take(self._window(0))
-        self._train_count = self._val_count = count(self._Y, self._reduction).to(self._dtype)
-        scored = {layer.name: config.selection.matches(layer) for layer in layers}
-        ties = [tie for tie in find_ties(layers) if scored[tie.table.name] or scored[tie.head.name]]
-        scored |= {name: True for tie in ties for name in (tie.table.name, tie.head.name)}
-        taps: list[Tap] = [ConcatTap(layer, scored[layer.name], config.algebra) for layer in layers]
-        self.instrument = Instrument(model, taps, ties, detach_params=True)
+        self._take(self._next_rows())
+        self._train_count = self._val_counts.sum()
+        self._cursors = [0 for _ in self._batches]
+        self.instrument = self._instrument(model, state, layers, scored, config)
+
+    def _instrument(
+        self,
+        model: nn.Module,
+        state: StepState,
+        layers: list[Layer],
+        scored: ScoredParts,
+        config: GhostConfig,
+    ) -> Instrument:
+        names = {layer.name for layer in layers if scored[layer.name]}
+        ties = [tie for tie in find_ties(layers) if {tie.table.name, tie.head.name} & names]
+        for tie in ties:  # each needs the other's validation gradient
+            scored = scored | {tie.table.name: {"weight": (None,)}, tie.head.name: {"weight": (None,)}}
+        tied = {id(tie.table.params["weight"]) for tie in ties}
+        shared = {
+            key for key, uses in shared_parameters(layers).items()
+            if key not in tied and any(param in scored[layer.name] for layer, param in uses)
+        }  # fmt: skip
+        taps: list[Tap] = [
+            ConcatTap(
+                layer, scored[layer.name], config.algebra, state,
+                frozenset(key for key, p in layer.params.items() if id(p) in shared),
+            )
+            for layer in layers
+        ]  # fmt: skip
+        return Instrument(model, state, taps, ties, detach_params=True)
 
     def _refuse_uncounted_rows(self) -> None:
-        for first in range(0, self._val.rows, math.gcd(self._batch, self._val.rows)):
-            if int(count(self._val.Y[self._window(first)], self._reduction)) == 0:
-                raise GhostConfigError(
-                    f"val_data has no label that the loss counts in the {self._batch} rows from row {first} "
-                    "on, so their gradient is undefined: remove rows without labels, or raise val_batch_size."
-                )
+        for batch, (name, lo, hi) in zip(self._batches, self._val.spans(), strict=True):
+            for first in range(0, hi - lo, math.gcd(batch, hi - lo)):
+                rows = self._window(lo, hi, first, batch)
+                if int(count(self._val.Y[rows], self._reduction)) == 0:
+                    raise GhostConfigError(
+                        f"val_data{f'[{name!r}]' if name else ''} has no label that the loss counts in the "
+                        f"{batch} rows from row {first} on, so their gradient is undefined: remove rows "
+                        "without labels, or raise val_batch_size."
+                    )
 
-    def _window(self, first: int) -> Tensor:
-        """A step's validation rows, from row `first` on; the first row follows the last."""
-        return (first + torch.arange(self._batch, device=self._val.Y.device)) % self._val.rows
+    def _window(self, lo: int, hi: int, first: int, rows: int) -> Tensor:
+        """`rows` rows of the set `[lo, hi)` from its row `first` on; the first row follows the last."""
+        return lo + (first + torch.arange(rows, device=self._val.Y.device)) % (hi - lo)
 
-    def begin(self, Y: Tensor, first: bool) -> int:
+    def _next_rows(self) -> Tensor:
+        """The next rows of each set."""
+        windows = []
+        for s, (_, lo, hi) in enumerate(self._val.spans()):
+            windows.append(self._window(lo, hi, self._cursors[s], self._batches[s]))
+            self._cursors[s] = (self._cursors[s] + self._batches[s]) % (hi - lo)
+        return torch.cat(windows)
+
+    def _take(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._X, self._Y = self._val.take(rows)
+        counts = [count(Y, self._reduction) for Y in self._Y.split(self._batches)]
+        self._val_counts = torch.stack(counts).to(self._dtype)  # [sets]
+
+    def begin(self, Y: Tensor, first: bool) -> None:
         # A batch without a counted label has no mean; with a count of one its gradient and scores are zero.
         self._train_count = count(Y, self._reduction).clamp(min=1).to(self._dtype)
         if first:  # a step's micro-batches meet the same validation rows
-            self._X, self._Y = self._val.take(self._window(self._cursor))
-            self._cursor = (self._cursor + self._batch) % self._val.rows
-            self._val_count = count(self._Y, self._reduction).to(self._dtype)
-        return self._batch
+            self._take(self._next_rows())
 
     def release(self) -> None:
         """Nothing is kept but the rows."""
 
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
+        return self._join((X, Y), (self._X, self._Y))
+
+    def _join(self, first: tuple[Inputs, Tensor], then: tuple[Inputs, Tensor]) -> tuple[Inputs, Tensor]:
         causal = self._reduction is LossReduction.CAUSAL_TOKEN_MEAN
-        joined = join_inputs(X, self._X, right_padding_is_safe=causal, pad_id=self._pad_id)
-        return joined, join_labels(Y, self._Y)
+        X = join_inputs(first[0], then[0], right_padding_is_safe=causal, pad_id=self._pad_id)
+        return X, join_labels(first[1], then[1])
+
+    def val_rows(self) -> Tensor:
+        return self._rows
 
     def loss_factor(self) -> Tensor | None:
         if self._reduction is LossReduction.SUM:
             return None
-        return (self._train_count + self._val_count) / self._train_count
+        return (self._train_count + self._val_counts.sum()) / self._train_count
 
     def score_factor(self, share: float | Tensor, scale: Tensor | None) -> Tensor:
-        ratio = self._train_count / self._val_count  # 1 for a sum
+        # A pair's validation sample counts as it does in the mean over all rows.
+        counts = self._val_counts.sum() if self._pairwise else self._val_counts  # all 1 for a sum
+        if self._reduction is LossReduction.SUM:
+            counts = torch.ones_like(counts)
+        ratio = self._train_count / counts
         if not isinstance(share, Tensor) and share == 0:  # nothing counted in this micro-batch
             return torch.zeros_like(ratio)
         # The probes hold products of two scaled gradients; the training side keeps its share of the step's
@@ -161,65 +263,83 @@ class JointValidation(Validation):
 
 
 class SeparateValidation(Validation):
-    """A plain backward over all validation rows, every `val_every` steps."""
+    """Plain backwards over all validation rows, every `val_every` steps."""
 
     def __init__(
-        self, model: nn.Module, layers: list[Layer], config: GhostConfig,
-        val_data: tuple[Inputs, Tensor] | None, loss_fn: LossFn | None, scaler: Any,
+        self, model: nn.Module, state: StepState, layers: list[Layer], scored: ScoredParts,
+        config: GhostConfig, val_data: ValData | None, loss_fn: LossFn | None, scaler: Any,
     ) -> None:  # fmt: skip
         self._model, self._loss_fn, self._every = model, loss_fn or model_loss, config.val_every
-        scored = [layer for layer in layers if config.selection.matches(layer)]
-        parameter = next(iter(scored[0].params.values()))
+        layers = [layer for layer in layers if scored[layer.name]]
+        parameter = next(iter(layers[0].params.values()))
         self._dtype = accumulation_dtype(parameter.dtype)
-        self._val = ValidationRows(val_data, parameter.device)
-        self._batch = min(config.val_batch_size or self._val.rows, self._val.rows)
         self._reduction = config.loss_reduction
-        if self._batch < self._val.rows and self._reduction is None:
+        self._val = ValidationRows(val_data, parameter.device, self._join)
+        self.columns, self.sizes = self._val.names, (0,)
+        batch = config.val_batch_size or self._val.rows
+        if self._reduction is None and (config.pairwise or batch < self._val.rows):
             self._reduction = infer_reduction(model)  # micro-batches are weighed by what they count
-        self._micro_batches = self._split()
+        self._micro_batches = self._pairs() if config.pairwise else [
+            self._split(lo, hi, batch) for _, lo, hi in self._val.spans()
+        ]  # fmt: skip
+        self.sizes = (0,) * len(self._micro_batches)
         make = WatchTap if config.bitwise else TargetTap
-        taps: list[Tap] = [make(layer, True, config.algebra) for layer in scored]
-        self.instrument = Instrument(model, taps, [], detach_params=not config.bitwise)
-        self._names = {layer.qualified(key): p for layer in scored for key, p in layer.params.items()}
+        taps: list[Tap] = [make(layer, scored[layer.name], config.algebra) for layer in layers]
+        self.instrument = Instrument(model, state, taps, [], detach_params=not config.bitwise)
+        self._names = {
+            layer.qualified(key): layer.params[key] for layer in layers for key in scored[layer.name]
+        }
         self._device = parameter.device
         self._scaler = scaler
         self._age: int | None = None  # steps since the validation gradient was taken
 
-    def begin(self, Y: Tensor, first: bool) -> int:
+    @staticmethod
+    def _join(first: tuple[Inputs, Tensor], then: tuple[Inputs, Tensor]) -> tuple[Inputs, Tensor]:
+        X = join_inputs(first[0], then[0], right_padding_is_safe=False)
+        return X, join_labels(first[1], then[1])
+
+    def begin(self, Y: Tensor, first: bool) -> None:
         if first:
             self._age = None if self._age is None else self._age + 1
             if self._age is None or self._age >= self._every:
                 self.instrument.state.targets, self._age = self.val_grad(), 0
-        return 0
 
     def release(self) -> None:
         self.instrument.state.targets, self._age = {}, None
 
     def val_grad(self) -> dict[str, Tensor]:
-        """`∇L_val` by qualified parameter name, over all validation rows, in float32 at least."""
+        """`∇L_val` of each column by qualified parameter name, `[C, *shape]`, in float32 at least."""
         params = {id(p): p for p in self._names.values()}
+        columns = [self._gradient(params, parts) for parts in self._micro_batches]
+        stacked = {key: torch.stack([column.pop(key) for column in columns]) for key in params}
+        return {name: stacked[id(p)] for name, p in self._names.items()}
+
+    def _gradient(
+        self, params: dict[int, nn.Parameter], micro_batches: list[tuple[float, Inputs, Tensor]]
+    ) -> dict[int, Tensor]:
+        """The gradient of one column's loss, by the parameters' `id`."""
         total = {key: torch.zeros_like(p, dtype=self._dtype) for key, p in params.items()}
         scale = 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self._device))
-        for weight, X, Y in self._micro_batches:
+        for weight, X, Y in micro_batches:
             with torch.random.fork_rng(self._cuda_devices()), torch.enable_grad():
-                loss = self._loss_fn(self._model, X, Y)
+                loss = self._loss_fn(self._model, plain(X), Y)
                 if self._scaler is not None:  # float16 gradients would underflow as training's would
                     loss = self._scaler.scale(loss)
                 grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
             for key, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     total[key] += grad.to(self._dtype) * (weight / scale)
-        return {name: total[id(p)] for name, p in self._names.items()}
+        return total
 
     def _cuda_devices(self) -> list[torch.device]:
         """GPUs whose random state the validation pass draws from."""
         return [self._device] if self._device.type == "cuda" else []
 
-    def _split(self) -> list[tuple[float, Inputs, Tensor]]:
-        """Weight, inputs and labels of each micro-batch; the weights make the losses' sum the loss of all
-        rows. A micro-batch without a counted label has no mean loss and adds nothing.
+    def _split(self, lo: int, hi: int, batch: int) -> list[tuple[float, Inputs, Tensor]]:
+        """Weight, inputs and labels of each micro-batch of a set's rows; the weights make the losses' sum the
+        loss of all rows. A micro-batch without a counted label has no mean loss and adds nothing.
         """
-        parts = [self._val.take(slice(lo, lo + self._batch)) for lo in range(0, self._val.rows, self._batch)]
+        parts = [self._val.take(slice(at, min(at + batch, hi))) for at in range(lo, hi, batch)]
         if len(parts) == 1 or self._reduction is LossReduction.SUM:
             return [(1.0, X, Y) for X, Y in parts]
         assert self._reduction is not None
@@ -228,8 +348,22 @@ class SeparateValidation(Validation):
             raise GhostConfigError("val_data has no label that the loss counts: its gradient is undefined.")
         return [(n / sum(counts), X, Y) for n, (X, Y) in zip(counts, parts, strict=True) if n]
 
+    def _pairs(self) -> list[list[tuple[float, Inputs, Tensor]]]:
+        """One column a row, weighed as the row is in the loss of all rows."""
+        assert self._reduction is not None
+        rows = [self._val.take(slice(i, i + 1)) for i in range(self._val.rows)]
+        if self._reduction is LossReduction.SUM:
+            return [[(1.0, X, Y)] for X, Y in rows]
+        counts = [int(count(Y, self._reduction)) for _, Y in rows]
+        if sum(counts) == 0:
+            raise GhostConfigError("val_data has no label that the loss counts: its gradient is undefined.")
+        return [[(n / sum(counts), X, Y)] if n else [] for n, (X, Y) in zip(counts, rows, strict=True)]
+
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
         return X, Y
+
+    def val_rows(self) -> Tensor:
+        return torch.arange(self._val.rows)
 
     def loss_factor(self) -> None:
         return None

@@ -6,21 +6,29 @@ values help.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ghost.scores import read_columns
 
 log = logging.getLogger(__name__)
 
 
 def row_values(shard: Mapping[str, Tensor]) -> Tensor:
-    """Each row's value `η_t · c_t · score`, `[n]` float64, summed over parameter groups."""
+    """Each row's value `η_t · c_t · score`, `[n]` float64, summed over the columns of wide scores.
+
+    A step that was not taken (`c_t` = 0) gives nothing, also where an overflow made its scores infinite.
+    """
     weighted = shard["score"].double() * shard["lr"].double()
     summed = weighted.sum(1) if weighted.dim() > 1 else weighted
-    return summed * shard["clip"].double()
+    clip = shard["clip"].double()
+    return torch.where(clip == 0, torch.zeros_like(summed), summed * clip)
 
 
 def read_shards(directory: Path) -> Iterator[dict[str, Tensor]]:
@@ -44,23 +52,62 @@ class SampleValues:
     times_seen: Tensor
 
 
+class _Sum:
+    """Values summed sample by sample; memory is the number of samples, not of rows."""
+
+    def __init__(self) -> None:
+        self._value = torch.zeros(0, dtype=torch.float64)
+        self._seen = torch.zeros(0, dtype=torch.int64)
+        self.lost = 0
+
+    def add(self, sample: Tensor, rows: Tensor) -> None:
+        """Add values `[n]` of samples `[n]`; those that are not finite are counted and left out."""
+        finite = rows.isfinite()
+        self.lost += int((~finite).sum())
+        rows, sample = rows[finite], sample[finite].long()
+        size = max(len(self._value), int(sample.max()) + 1 if len(sample) else 0)
+        self._value = F.pad(self._value, (0, size - len(self._value)))
+        self._seen = F.pad(self._seen, (0, size - len(self._seen)))
+        self._value.index_add_(0, sample, rows)
+        self._seen.index_add_(0, sample, torch.ones_like(sample))
+
+    def result(self) -> SampleValues:
+        scored = self._seen.nonzero().flatten()
+        return SampleValues(scored, self._value[scored], self._seen[scored])
+
+
 def accumulate(shards: Iterable[Mapping[str, Tensor]]) -> SampleValues:
-    """Values summed over all rows of all shards; memory is the number of samples, not of rows.
+    """Values summed over all rows and columns of all shards.
 
     Rows whose value is not finite are left out and counted in a warning: one of them would hide all other
     rows of its sample.
     """
-    value, seen, lost = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), 0
+    total = _Sum()
     for shard in shards:
-        rows, sample = row_values(shard), shard["sample"].long()
-        finite = rows.isfinite()
-        lost += int((~finite).sum())
-        rows, sample = rows[finite], sample[finite]
-        grown = max(value.numel(), int(sample.max()) + 1 if sample.numel() else 0) - value.numel()
-        value, seen = torch.cat([value, value.new_zeros(grown)]), torch.cat([seen, seen.new_zeros(grown)])
-        value.index_add_(0, sample, rows)
-        seen.index_add_(0, sample, torch.ones_like(sample))
-    if lost:
-        log.warning("%d score rows are not finite and are left out of the values.", lost)
-    scored = seen.nonzero().flatten()
-    return SampleValues(scored, value[scored], seen[scored])
+        total.add(shard["sample"], row_values(shard))
+    if total.lost:
+        log.warning("%d score rows are not finite and are left out of the values.", total.lost)
+    return total.result()
+
+
+def accumulate_columns(directory: Path) -> dict[tuple[str, str], SampleValues]:
+    """Values by part of the model and validation set, or for pairs validation row (its number in the
+    validation data); they sum to `accumulate`'s.
+
+    Args:
+        directory: The folder of the score shards.
+    """
+    sums: dict[tuple[str, str], _Sum] = defaultdict(_Sum)
+    for path in sorted(directory.glob("shard-*.pt")):
+        shard = torch.load(path, weights_only=True)
+        columns = read_columns(path)
+        weighted = shard["score"].double() * shard["lr"].double()
+        values = weighted.reshape(len(weighted), len(columns)) * shard["clip"].double()[:, None]  # [n, K]
+        for k, column in enumerate(columns):
+            if "val" not in shard:
+                sums[column.part, column.val].add(shard["sample"], values[:, k])
+                continue
+            rows = shard["val"][:, k % shard["val"].shape[1]]  # each part has a column for each pair
+            for row in rows.unique().tolist():
+                sums[column.part, str(row)].add(shard["sample"][rows == row], values[rows == row, k])
+    return {key: found.result() for key, found in sums.items()}

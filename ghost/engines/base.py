@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ghost.batch import Inputs
@@ -14,7 +15,7 @@ LossFn = Callable[[nn.Module, Inputs, Tensor], Tensor]
 """`loss_fn(model, X, Y)`: the model's loss on a batch, counted as `loss_reduction` says."""
 
 LayerScores = dict[tuple[str, str], Tensor]
-"""Scores `[b]` by layer name and parameter name."""
+"""Scores `[K, b, C]` by layer name and parameter name: K parts, b samples, C columns."""
 
 
 class Engine(ABC):
@@ -23,7 +24,7 @@ class Engine(ABC):
     Args:
         model: The model itself, not a wrapper of it.
         config: Settings.
-        val_data: Validation inputs and labels, for engines that need them.
+        val_data: Validation inputs and labels, or named sets of them, for engines that need them.
         loss_fn: The loss on a validation batch; None for a Hugging Face model's own.
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
     """
@@ -31,10 +32,23 @@ class Engine(ABC):
     name: ClassVar[str]
 
     def __init__(
-        self, model: nn.Module, config: GhostConfig, val_data: tuple[Inputs, Tensor] | None = None,
+        self, model: nn.Module, config: GhostConfig, val_data: Any = None,
         loss_fn: LossFn | None = None, scaler: Any = None,
     ) -> None:  # fmt: skip
         self.model, self.config, self.scaler = model, config, scaler
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the validation sets that scores have columns for; `("",)` for one without a name."""
+        return ("",)
+
+    def parts(self) -> dict[tuple[str, str], list[tuple[str, str]]]:
+        """Label and family of each part of the scores, by layer name and parameter name."""
+        return {}
+
+    def val_rows(self) -> Tensor:
+        """Which validation rows the latest scores are about, `[v]` int64."""
+        return torch.zeros(0, dtype=torch.int64)
 
     @abstractmethod
     def attach(self) -> None:
@@ -57,6 +71,12 @@ class Engine(ABC):
     @abstractmethod
     def forward_inputs(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
         """What goes through the model in place of `(X, Y)`."""
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise `UnsupportedModelError` where the loss depends on parameters in a way that scoring cannot
+        see.
+        """
+        del loss
 
     @abstractmethod
     def loss_factor(self) -> Tensor | None:

@@ -2,20 +2,25 @@
 that trains the model.
 """
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ghost.algebra import accumulation_dtype
-from ghost.batch import Inputs, check_labels, row_count, token_count
-from ghost.config import GhostConfig, ValMode
-from ghost.discovery import find_layers, refuse_mixing_layers
+from ghost.batch import Inputs, check_labels, item_rows, plain, row_count, take_rows, token_count
+from ghost.config import GhostConfig, Resolution, ValMode
+from ghost.coverage import refuse_gaps
+from ghost.discovery import find_layers, refuse_half, refuse_mixing_layers
 from ghost.engines.base import Engine, LayerScores, LossFn, register_engine
-from ghost.errors import ProtocolError, UnsupportedModelError
-from ghost.instrument import StepState
-from ghost.layers import Layer, registered_types
-from ghost.validation import JointValidation, SeparateValidation, Validation
+from ghost.errors import GhostConfigError, ProtocolError, UnsupportedModelError
+from ghost.heads import attention_heads
+from ghost.layers import Layer
+from ghost.selection import family
+from ghost.step import Parts, StepState, Unit
+from ghost.validation import JointValidation, ScoredParts, SeparateValidation, ValData, Validation
 
 
 @register_engine
@@ -32,7 +37,7 @@ class GradDotProdEngine(Engine):
         X_fwd, Y_fwd = engine.forward_inputs(X, Y)
         engine.scale_outputs()
         model(input_ids=X_fwd, labels=Y_fwd).loss.backward()
-        scores = sum(engine.collect().values())                   # [b]
+        scores = sum(part.sum(0) for part in engine.collect().values())      # [b, C]
 
     Raises:
         UnsupportedModelError: A trainable parameter or layer cannot be handled exactly.
@@ -42,33 +47,53 @@ class GradDotProdEngine(Engine):
     name = "graddotprod"
 
     def __init__(
-        self, model: nn.Module, config: GhostConfig, val_data: tuple[Inputs, Tensor] | None = None,
+        self, model: nn.Module, config: GhostConfig, val_data: ValData | None = None,
         loss_fn: LossFn | None = None, scaler: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(model, config, val_data, loss_fn, scaler)
+        if config.pairwise and isinstance(val_data, Mapping):
+            raise GhostConfigError(
+                f"pairwise=True scores single validation rows, and val_data has the sets {sorted(val_data)}: "
+                "give one (X_val, Y_val), or pairwise=False."
+            )
         self.layers: list[Layer] = find_layers(model)
         if not self.layers:
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no trainable layer that can be scored: there are rules for "
-                f"{', '.join(registered_types())}."
+                f"{type(model).__name__} has no trainable parameter that could be scored."
             )
-        config.selection.check(self.layers)
+        refuse_half(model)
+        if config.strict:
+            refuse_gaps(model, config)
+        self.scored = scored_parts(model, self.layers, config)
+        self.state = StepState()
         self.validation: Validation = (
-            JointValidation(model, self.layers, config, val_data)
+            JointValidation(model, self.state, self.layers, self.scored, config, val_data)
             if config.val_mode is ValMode.CONCAT
-            else SeparateValidation(model, self.layers, config, val_data, loss_fn, scaler)
+            else SeparateValidation(
+                model, self.state, self.layers, self.scored, config, val_data, loss_fn, scaler
+            )
         )
         self._parameter = next(iter(self.layers[0].params.values()))
         self.score_dtype = config.score_dtype or accumulation_dtype(self._parameter.dtype)
         self._trainable = _trainable(model)
         self._share: float | Tensor = 1.0
-        self._scored = {layer.name for layer in self.layers if config.selection.matches(layer)}
         self._attached = False
+        self._ask_for_units = True
 
     @property
-    def state(self) -> StepState:
-        """What the swapped forwards read."""
-        return self.validation.instrument.state
+    def columns(self) -> tuple[str, ...]:
+        return self.validation.columns
+
+    def parts(self) -> dict[tuple[str, str], list[tuple[str, str]]]:
+        by_name = {layer.name: family(layer) for layer in self.layers}
+        return {
+            (layer, key): [(layer if part is None else part.label, by_name[layer]) for part in parts]
+            for layer, scored in self.scored.items()
+            for key, parts in scored.items()
+        }
+
+    def val_rows(self) -> Tensor:
+        return self.validation.val_rows()
 
     def attach(self) -> None:
         if not self._attached:
@@ -89,27 +114,52 @@ class GradDotProdEngine(Engine):
                 "the trainable parameters have changed since the manager was made (frozen, unfrozen or "
                 "added), so it does not know all of them: make a new manager."
             )
+        if self.state.refused is not None:
+            raise UnsupportedModelError(self.state.refused)
         refuse_mixing_layers(self.model)
         rows = row_count(X, "the training batch")
         check_labels(Y, rows, "the training batch")
         state = self.state
         state.close()
         self._share = share
-        val_rows = self.validation.begin(Y, first)
-        state.rows, state.train_rows, state.tokens = rows + val_rows, rows, token_count(X)
+        self.validation.begin(Y, first)
+        sizes = self.validation.sizes
+        state.units, state.tokens = (Unit(rows + sum(sizes), rows, rows, sizes),), token_count(X)
         state.probes = self.validation.instrument.new_probes(self.score_dtype, self._parameter.device)
         state.active = True
 
     def forward_inputs(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
+        state = self.state
         X, Y = self.validation.join(X, Y)
-        self.state.tokens = token_count(X)
-        return X, Y
+        state.tokens = token_count(X)
+        state.units = (state.rows, *item_units(state.rows, X))
+        if self._ask_for_units and any(unit.size in (1, state.rows.size) for unit in state.units[1:]):
+            self._learn_units(X, state.units[1].size)
+        return plain(X), Y
+
+    def _learn_units(self, X: Inputs, items: int) -> None:
+        """A batch with as many items as rows leaves open which of them a layer sees; a run on a few of its
+        rows that have more tells.
+        """
+        rows = self.state.rows.size
+        row = next(row for row in item_rows(X) if len(row) == items)
+        numbers = torch.bincount(row, minlength=rows)
+        most, least = int(numbers.argmax()), int(numbers.argmin())
+        chosen = [most, most] if items > 1 else [most, most, least]
+        few = take_rows(X, torch.tensor(chosen, device=row.device))
+        assert isinstance(few, Mapping)
+        units = (Unit(len(chosen), 0, 0, ()), Unit(2 * int(numbers[most]), 0, 0, ()))
+        self.validation.instrument.units.learn(lambda: self.model(**plain(few)), units)
+        self._ask_for_units = False
+
+    def check_loss(self, loss: Tensor) -> None:
+        self.validation.instrument.check_parameter_uses(loss)
 
     def loss_factor(self) -> Tensor | None:
         return self.validation.loss_factor()
 
     def scale_outputs(self) -> None:
-        self.state.output_scale = self.loss_factor()
+        self.state.loss_unseen, self.state.output_scale = True, self.loss_factor()
 
     def collect(self) -> LayerScores:
         state = self.state
@@ -118,7 +168,14 @@ class GradDotProdEngine(Engine):
                 "there is no step to collect scores from: begin() comes first, then forward and backward."
             )
         raw = {key: probe.grad for key, probe in state.probes.items()}
-        if all(grad is None for grad in raw.values()):
+        if unchecked := self.validation.instrument.order.unchecked:
+            self.abandon()
+            raise ProtocolError(
+                f"the layers {sorted(unchecked)} have rows and positions in one axis, whose order is checked "
+                f"when the {type(self.model).__name__} itself is called: call the model as a whole."
+            )
+        waited = state.ledger.scores()
+        if all(grad is None for grad in raw.values()) and not waited:
             self.abandon()
             raise ProtocolError(
                 "no score was computed: run forward and backward on forward_inputs before collecting."
@@ -131,11 +188,11 @@ class GradDotProdEngine(Engine):
                 "manager.step with step.backward(loss)."
             )
         factor = self.validation.score_factor(self._share, self._loss_scale())
-        scores = {
-            key: state.probes[key].detach() if grad is None else grad * factor
-            for key, grad in raw.items()
-            if key[0] in self._scored
-        }
+        scores = {}
+        for key, probe in state.probes.items():
+            if key[1] in self.scored[key[0]]:
+                found = [part for part in (raw[key], waited.get(key)) if part is not None]
+                scores[key] = torch.stack(found).sum(0) * factor if found else probe.detach()
         self.abandon()
         return scores
 
@@ -152,3 +209,39 @@ class GradDotProdEngine(Engine):
 def _trainable(model: nn.Module) -> tuple[int, ...]:
     """Which parameters are trained, to notice a change."""
     return tuple(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def scored_parts(model: nn.Module, layers: list[Layer], config: GhostConfig) -> ScoredParts:
+    """What of each layer is scored: its parameters, whole or cut into attention heads.
+
+    Raises:
+        GhostConfigError: The selection names something that is not there, or leaves nothing.
+    """
+    by_head = config.resolution is Resolution.HEAD
+    heads = attention_heads(model, layers) if by_head or config.selection.selects_heads else {}
+    config.selection.check(layers, heads)
+    found: ScoredParts = {}
+    for layer in layers:
+        found[layer.name] = {}
+        for key in layer.params:
+            parts: Parts | None = config.selection.parts(layer, key, heads)
+            if parts is None:
+                own = heads.get((layer.name, key), ()) if by_head else ()
+                parts = own or (None,)
+            if parts:
+                found[layer.name][key] = tuple(parts)
+    return found
+
+
+def item_units(rows: Unit, X: Inputs) -> list[Unit]:
+    """The units of items that belong to rows, but for those of which every row has exactly one."""
+    found = []
+    for row in item_rows(X):
+        if torch.equal(row, torch.arange(rows.size, device=row.device)):
+            continue
+        ends = torch.tensor([rows.train, *rows.sizes]).cumsum(0).to(row.device)
+        # How many items come before the end of the training rows, and of each column's rows.
+        bounds = torch.searchsorted(row, ends).tolist()
+        sizes = tuple(hi - lo for lo, hi in pairwise(bounds))
+        found.append(Unit(len(row), bounds[0], rows.rows, sizes, row[: bounds[0]]))
+    return found

@@ -3,20 +3,71 @@ what those are.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from ghost.gradients import SampleGradients
 
 
-class LayerRule(ABC):
+def with_parameters(module: nn.Module, params: Mapping[str, Tensor]) -> nn.Module:
+    """A stand-in for the module that shares everything with it but has `params` among its parameters.
+
+    Call its class's `forward` on it; what that assigns to `self` does not reach the module. The module itself
+    is not touched, since `torch.compile` cannot trace a change of it within a backward.
+    """
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, **params}}
+    return stand_in
+
+
+def sum_rows_to(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Each sample's sum over the axes along which a parameter was broadcast.
+
+    Args:
+        values: `[b, …]`, output gradient times the output's derivative by the parameter.
+        shape: The parameter's; it ends where `values` ends, and a leading 1 may stand for the batch.
+
+    Returns:
+        `[b, *shape]`.
+    """
+    rows, inner = values.shape[0], values.dim() - 1
+    own = tuple(shape)[max(0, len(shape) - inner) :]
+    return values.sum_to_size(rows, *(1,) * (inner - len(own)), *own).reshape(rows, *shape)
+
+
+class Rule(ABC):
     """One kind of layer. Stateless: one object serves all layers of its kind."""
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raise `UnsupportedModelError`, naming the layer, where its settings cannot be handled exactly."""
         del name, module
+
+    @abstractmethod
+    def owned(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that the rule accounts for, by their names in the module."""
+
+
+class LayerRule(Rule):
+    """A layer with one input, one output and a formula for its per-sample gradients.
+
+    Attributes:
+        any_rank: Whether `gradients` takes inputs with any number of axes between the samples' and the last.
+    """
+
+    any_rank: ClassVar[bool] = False
+
+    def owned(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return dict(module.named_parameters(recurse=False))
+
+    def smallest_rank(self, module: nn.Module) -> int:
+        """How many axes an input has at least, the batch's among them. With fewer the layer would take the
+        samples for channels or features.
+        """
+        del module
+        return 1
 
     def rows_first(self, x: Tensor, rows: int) -> Tensor:
         """The layer's input with one leading entry per sample: an input shared by all samples (leading size
@@ -24,13 +75,14 @@ class LayerRule(ABC):
         """
         return x.expand(rows, *x.shape[1:]) if x.shape[0] == 1 else x
 
-    @abstractmethod
     def forward(self, module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The layer's own computation with `params` in place of its parameters.
+        """The layer's own computation with `params` in place of its parameters: by default that of its class.
 
         Must return a new tensor that its own backward does not need again (as `tanh` and `exp` need theirs):
-        the tap marks it as changed in place.
+        the tap marks it as changed in place. By default it is a copy of what the module's own forward gives.
         """
+        output: Tensor = type(module).forward(with_parameters(module, params), x)
+        return output.clone()  # whatever the module ends in
 
     @abstractmethod
     def gradients(self, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, SampleGradients]:
@@ -53,7 +105,7 @@ class Layer:
 
     name: str
     module: nn.Module
-    rule: LayerRule
+    rule: Rule
     params: dict[str, nn.Parameter]
 
     def qualified(self, param: str) -> str:
@@ -61,7 +113,7 @@ class Layer:
         return f"{self.name}.{param}" if self.name else param
 
 
-_RULES: dict[str, LayerRule] = {}
+_RULES: dict[str, Rule] = {}
 """By qualified type name, so that a rule for another library's layer does not import that library."""
 
 
@@ -69,27 +121,43 @@ def _type_name(module_type: type[nn.Module]) -> str:
     return f"{module_type.__module__}.{module_type.__qualname__}"
 
 
-def register_layer(*module_types: type[nn.Module] | str) -> Callable[[type[LayerRule]], type[LayerRule]]:
-    """Class decorator: the rule handles modules whose type is exactly one of `module_types` (types or
-    qualified names).
+Gradients = Callable[[nn.Module, Tensor, Tensor], dict[str, SampleGradients]]
+"""`gradients(module, x, grad)`, as in `LayerRule.gradients`."""
 
-    Exactly, since a subclass may compute something else: it is registered on its own, or refused by name.
+
+class _FunctionRule(LayerRule):
+    """A rule that is one function; the module's own forward does the rest."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        self._gradients = gradients
+
+    def gradients(self, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, SampleGradients]:
+        return self._gradients(module, x, grad)
+
+
+RuleOrFunction = TypeVar("RuleOrFunction", type[Rule], Gradients)
+
+
+def register_layer(
+    *module_types: type[nn.Module] | str,
+) -> Callable[[RuleOrFunction], RuleOrFunction]:
+    """Decorator of a rule class, or of a function `gradients(module, x, grad)` as in `LayerRule.gradients`:
+    it handles modules whose type is exactly one of `module_types` (types or qualified names).
+
+    Exactly, since a subclass may compute something else: it is registered on its own, or scored by running it
+    once more (`ghost.layers.whole`).
     """
 
-    def register(rule: type[LayerRule]) -> type[LayerRule]:
+    def register(rule: RuleOrFunction) -> RuleOrFunction:
+        handler = rule() if isinstance(rule, type) else _FunctionRule(rule)
         for module_type in module_types:
             name = module_type if isinstance(module_type, str) else _type_name(module_type)
-            _RULES[name] = rule()
+            _RULES[name] = handler
         return rule
 
     return register
 
 
-def rule_for(module: nn.Module) -> LayerRule | None:
+def rule_for(module: nn.Module) -> Rule | None:
     """The rule registered for the module's type, if any."""
     return _RULES.get(_type_name(type(module)))
-
-
-def registered_types() -> list[str]:
-    """Names of the module types that have a rule, for messages."""
-    return sorted(name.rsplit(".", 1)[-1] for name in _RULES)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ghost.gradients import Materialised, OuterProducts, SampleGradients
 from ghost.layers.base import LayerRule, register_layer
@@ -13,12 +14,17 @@ from ghost.layers.base import LayerRule, register_layer
 
 def as_tokens(x: Tensor) -> Tensor:
     """`[b, …, d]` as `[b, T, d]`, T being 1 for a matrix."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.flatten(1, -2) if x.dim() > 2 else x[:, None]
 
 
-@register_layer(nn.Linear)
+@register_layer(nn.Linear, NonDynamicallyQuantizableLinear)
 class LinearRule(LayerRule):
     """Weight `[p, d]`, bias `[p]`."""
+
+    any_rank = True
+
+    def smallest_rank(self, module: nn.Module) -> int:
+        return 2
 
     def forward(self, module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return F.linear(x, params["weight"], params.get("bias"))
@@ -31,6 +37,11 @@ class LinearRule(LayerRule):
 @register_layer("transformers.pytorch_utils.Conv1D")
 class Conv1DRule(LayerRule):
     """Weight `[d, p]`, bias `[p]`."""
+
+    any_rank = True
+
+    def smallest_rank(self, module: nn.Module) -> int:
+        return 2
 
     def forward(self, module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return F.linear(x, params["weight"].T, params["bias"])

@@ -6,12 +6,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghost.gradients import Materialised, SampleGradients
-from ghost.layers.base import LayerRule, register_layer
+from ghost.layers.base import LayerRule, register_layer, sum_rows_to
 
 
 @register_layer(nn.LayerNorm)
 class LayerNormRule(LayerRule):
     """Weight and bias of the normalised shape; either may be missing."""
+
+    any_rank = True
+
+    def smallest_rank(self, module: nn.Module) -> int:
+        assert isinstance(module, nn.LayerNorm)
+        return 1 + len(module.normalized_shape)
 
     def forward(self, module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         assert isinstance(module, nn.LayerNorm)
@@ -21,8 +27,7 @@ class LayerNormRule(LayerRule):
         assert isinstance(module, nn.LayerNorm)
         shape = module.normalized_shape
         normalised = F.layer_norm(x, shape, eps=module.eps).to(grad.dtype)
-        tokens = (x.shape[0], -1, *shape)  # [b, T, *shape]
         return {
-            "weight": Materialised((grad * normalised).reshape(tokens).sum(1)),
-            "bias": Materialised(grad.reshape(tokens).sum(1)),
+            "weight": Materialised(sum_rows_to(grad * normalised, shape)),
+            "bias": Materialised(sum_rows_to(grad, shape)),
         }

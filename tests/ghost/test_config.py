@@ -87,7 +87,8 @@ def test_two_names_of_one_setting() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"pairwise": True}, r"pairwise=True is not supported.*leave it at False"),
+        ({"pairwise": "yes"}, r"pairwise='yes' should be true or false"),
+        ({"resolution": "token"}, r"resolution='token' should be one of total, layer, family, head"),
         ({"preconditioner": "adam"}, r"preconditioner='adam' is not supported.*'none'"),
         ({"val_mode": "both"}, r"val_mode='both' should be one of concat, separate"),
         ({"val_mode": ["concat"]}, r"val_mode=\['concat'\] should be one of"),

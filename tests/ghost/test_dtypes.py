@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ghost import GhostEngineManager, LossReduction
+from ghost import GhostConfigError, GhostEngineManager, LossReduction
 from ghost.batch import Inputs
+from ghost.discovery import refuse_half
 from ghost.values import read_shards
 from tests.ghost import reference
 from tests.ghost.harness import MODES, assert_gradients, assert_near, grads_of, scored_step
@@ -150,3 +151,12 @@ def test_storage_dtype(storage: Any, dtype: torch.dtype, tmp_path: Path) -> None
     assert shard["lr"].dtype == shard["clip"].dtype == torch.float64
     assert torch.equal(shard["score"], manager.scores.to(dtype))
     assert grads_of(model)["0.weight"].dtype == torch.float64
+
+
+def test_float16_weights_are_refused_by_name() -> None:
+    model = mlp().float()
+    model[2].half()
+    with pytest.raises(GhostConfigError, match=r"'2\.weight' is float16.*autocast float16 with a GradScaler"):
+        refuse_half(model)
+    refuse_half(model.bfloat16())
+    refuse_half(mlp().half().requires_grad_(False))

@@ -69,34 +69,73 @@ def test_dot(make: Callable[[], tuple[SampleGradients, Tensor]]) -> None:
     assert_near(form.dot(target), full.flatten(1) @ target.flatten())
 
 
-@each_form
-def test_pairwise(make: Callable[[], tuple[SampleGradients, Tensor]]) -> None:
-    form, full = make()
-    train, val = form.split(ROWS)
-    assert (train.rows, val.rows) == (ROWS, VAL_ROWS)
-    assert_near(train.pairwise(val), full[:ROWS].flatten(1) @ full[ROWS:].flatten(1).T)
+SIZES = [(VAL_ROWS,), (1,) * VAL_ROWS, (1, 0, VAL_ROWS - 1)]
+each_size = pytest.mark.parametrize("sizes", SIZES, ids=["one column", "pairs", "sets, one empty"])
 
 
-@each_form
-@pytest.mark.parametrize("how", [how for how in Algebra if how is not Algebra.TOKEN_TOKEN])
-def test_sum_and_dot(make: Callable[[], tuple[SampleGradients, Tensor]], how: Algebra) -> None:
-    form, full = make()
-    target = torch.randn_like(full[0])
-    total, dots = form.sum_and_dot(target, how)
-    assert total.shape == full.shape[1:]
-    assert_near(total, full.sum(0))
-    assert_near(dots, full.flatten(1) @ target.flatten())
+def column_sums(full: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """`[C, n]`: the flattened gradients added up within columns."""
+    return torch.stack([part.sum(0) for part in full.flatten(1).split(list(sizes))])
 
 
 @each_form
 @each_algebra
-def test_sum_and_score(make: Callable[[], tuple[SampleGradients, Tensor]], how: Algebra) -> None:
+@each_size
+def test_scores(
+    make: Callable[[], tuple[SampleGradients, Tensor]], how: Algebra, sizes: tuple[int, ...]
+) -> None:
     form, full = make()
     train, val = form.split(ROWS)
-    total, dots = train.sum_and_score(val, how)
+    assert (train.rows, val.rows) == (ROWS, VAL_ROWS)
+    expected = full[:ROWS].flatten(1) @ column_sums(full[ROWS:], sizes).T
+    assert_near(train.scores(val, sizes, how), expected)
+    total, dots = train.sum_and_scores(val, sizes, how)
     assert total.shape == full.shape[1:]
     assert_near(total, full[:ROWS].sum(0))
-    assert_near(dots, full[:ROWS].flatten(1) @ full[ROWS:].sum(0).flatten())
+    assert_near(dots, expected)
+
+
+@each_form
+@each_algebra
+@pytest.mark.parametrize("columns", [1, 3])
+def test_sum_and_dots(make: Callable[[], tuple[SampleGradients, Tensor]], how: Algebra, columns: int) -> None:
+    form, full = make()
+    targets = torch.randn(columns, *full.shape[1:], dtype=full.dtype)
+    total, dots = form.sum_and_dots(targets, how)
+    assert total.shape == full.shape[1:]
+    assert_near(total, full.sum(0))
+    assert_near(dots, full.flatten(1) @ targets.flatten(1).T)
+
+
+@each_form
+def test_no_samples(make: Callable[[], tuple[SampleGradients, Tensor]]) -> None:
+    """A micro-batch may have no images at all."""
+    form, full = make()
+    none, all_rows = form.split(0)
+    for how in Algebra:
+        total, dots = none.sum_and_scores(all_rows, (form.rows,), how)
+        assert torch.equal(total, torch.zeros_like(full[0]))
+        assert dots.shape == (0, 1)
+        total, dots = all_rows.sum_and_scores(none, (0,), how)
+        assert_near(total, full.sum(0))
+        assert torch.equal(dots, torch.zeros(form.rows, 1, dtype=full.dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [
+        ("materialised", 1), ("outer products", 0), ("outer products", 1),
+        ("outer products of one token", 1), ("row gathers", 1),
+    ],
+)  # fmt: skip
+def test_a_slice_of_the_parameter(name: str, axis: int) -> None:
+    form, full = FORMS[name]()
+    index = [slice(0, 1), slice(2, 4)]
+    part, expected = form.take(axis, index), full.index_select(1 + axis, torch.tensor([0, 2, 3]))
+    assert_near(part.sum(), expected.sum(0))
+    train, val = part.split(ROWS)
+    sums = expected[ROWS:].sum(0).flatten()
+    assert_near(train.scores(val, (VAL_ROWS,))[:, 0], expected[:ROWS].flatten(1) @ sums)
 
 
 @each_form
@@ -108,9 +147,9 @@ def test_short_floats_meet_a_float32_target(make: Callable[[], tuple[SampleGradi
     target = torch.randn_like(full[0]).float()
     expected = full.flatten(1) @ target.double().flatten()
     for how in (Algebra.TARGET, Algebra.FUSED):
-        _, dots = form.sum_and_dot(target, how)
+        _, dots = form.sum_and_dots(target[None], how)
         assert dots.dtype == torch.float32
-        assert_near(dots, expected, 0.03)
+        assert_near(dots[:, 0], expected, 0.03)
 
 
 def test_compact_sums_repeated_rows_without_the_table() -> None:

@@ -522,7 +522,7 @@ def test_settings_that_cannot_work_change_nothing(tmp_path: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bad: list[dict[str, Any]] = [
-        {"pairwise": True}, {"preconditioner": "adam"}, {"engine": "nonsense"}, {"val_mode": "both"},
+        {"pairwise": 1}, {"preconditioner": "adam"}, {"engine": "nonsense"}, {"val_mode": "both"},
         {"loss_reduction": "mean"}, {"val_batch_size": 0},
     ]  # fmt: skip
     for config in bad:
@@ -700,3 +700,39 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(GhostConfigError, match="world_size is 2"):
         Run()
+
+
+def test_what_no_parameter_group_has_is_credited_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, train = mlp(), table(6)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.5)
+    config = {"loss_reduction": "sample_mean", "result_dir": str(tmp_path)}
+    manager = GhostEngineManager(config, model, optimizer, val_data=table(3))
+    assert "the optimizer does not have 0.bias, 0.weight" in caplog.text
+    with manager.step(*train, batch_idx=range(6), iteration=0) as step:
+        step.backward(class_loss(model, step.X, step.Y))
+    expected = 0.5 * manager.scores_by_layer["2"]
+    optimizer.step()
+    manager.cleanup()
+    assert_near(accumulate(read_shards(tmp_path / "scores")).value, expected)
+
+
+def test_more_micro_batches_than_were_announced_are_refused() -> None:
+    run = Run()
+    run.manager.attach_train_batch(*run.train, 0, range(6))
+    class_loss(run.model, *run.manager.prepare_forward_input(*run.train)).backward()
+    with pytest.raises(ProtocolError, match=r"more micro-batches than gradient_accumulation_steps=1"):
+        run.manager.attach_train_batch(*run.train, 0, range(6))
+
+
+def test_an_unfinished_step_is_named_when_it_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    model, train = mlp(), table(6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {"loss_reduction": "sample_mean", "gradient_accumulation_steps": 2}
+    manager = GhostEngineManager(config, model, optimizer, val_data=table(3))
+    with manager.step(*train, batch_idx=range(6), iteration=7, last=False) as step:
+        step.backward(class_loss(model, step.X, step.Y))
+    manager.detach_for_evaluation()
+    assert "step 7 is left unfinished: its 6 samples are not scored" in caplog.text
+    manager.cleanup()

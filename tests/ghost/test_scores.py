@@ -7,16 +7,17 @@ import torch
 
 from ghost import GhostConfigError
 from ghost import scores as scores_module
-from ghost.scores import COLUMNS, ScoreLog, save_atomically
+from ghost.scores import COLUMNS, ONE_COLUMN, Column, ScoreLog, read_columns, save_atomically
 
-LR, CLIP = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.5)
+LR, CLIP = torch.tensor([0.1], dtype=torch.float64), torch.tensor(0.5)
 
 
 def add(log: ScoreLog, step: int, rows: int = 3, width: int | None = None) -> torch.Tensor:
-    score = torch.randn(rows) if width is None else torch.randn(rows, width)
+    score = torch.randn(rows, width or 1)
     lr = LR if width is None else torch.arange(1.0, width + 1)
-    log.append(step, torch.arange(rows) + 10 * step, score, lr, CLIP)
-    return score
+    columns = ONE_COLUMN if width is None else [Column("total", group, "") for group in range(width)]
+    log.append(step, torch.arange(rows) + 10 * step, score, lr, CLIP, columns)
+    return score[:, 0] if width is None else score
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_change_of_width_begins_a_shard(tmp_path: Path) -> None:
     for step, width in enumerate((None, None, 2, 3, None)):
         add(log, step, width=width)
     log.flush()
-    shards = [torch.load(path, weights_only=True) for path in sorted(tmp_path.iterdir())]
+    shards = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*.pt"))]
     assert [tuple(shard["score"].shape) for shard in shards] == [(6,), (3, 2), (3, 3), (3,)]
     assert [tuple(shard["lr"].shape) for shard in shards] == [(6,), (3, 2), (3, 3), (3,)]
     assert shards[1]["lr"].tolist() == [[1.0, 2.0]] * 3
@@ -67,7 +68,7 @@ def test_a_shard_holds_its_rows_alone(tmp_path: Path) -> None:
     """A view of a large tensor would take its whole storage to disk."""
     log = ScoreLog(tmp_path)
     large = torch.randn(1_000_000)
-    log.append(0, torch.arange(2), large[:2], LR, CLIP)
+    log.append(0, torch.arange(2), large[:2, None], LR, CLIP)
     path = log.flush()
     assert path is not None
     assert path.stat().st_size < 10_000
@@ -113,3 +114,29 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
         save_atomically({"value": torch.tensor(value)}, path)
         assert torch.load(path, weights_only=True)["value"] == value
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_wide_shards_say_what_their_columns_are(tmp_path: Path) -> None:
+    log = ScoreLog(tmp_path)
+    columns = (Column("h.0", 0, "code"), Column("h.0", 0, "docs"), Column("h.1", 1, "code"))
+    log.append(0, torch.arange(2), torch.randn(2, 3), torch.ones(3), CLIP, columns)
+    path = log.flush()
+    add(log, 1)
+    plain = log.flush()
+    assert path is not None and plain is not None  # noqa: PT018
+    assert read_columns(path) == columns
+    assert read_columns(plain) == ONE_COLUMN
+    assert not plain.with_suffix(".json").exists()
+
+
+def test_pairs_know_their_validation_rows(tmp_path: Path) -> None:
+    log = ScoreLog(tmp_path)
+    columns = [Column("total", 0, "pair 0"), Column("total", 0, "pair 1")]
+    for step in range(2):
+        val = torch.tensor([2 * step, 2 * step + 1])
+        log.append(step, torch.arange(3), torch.randn(3, 2), torch.ones(2), CLIP, columns, val)
+    path = log.flush()
+    assert path is not None
+    shard = torch.load(path, weights_only=True)
+    assert shard["val"].tolist() == [[0, 1]] * 3 + [[2, 3]] * 3
+    assert shard["score"].shape == (6, 2)

@@ -59,6 +59,16 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(caplog: pytest.LogCap
     assert "2 score rows are not finite" in caplog.text
 
 
+def test_a_step_that_was_not_taken_gives_nothing_even_where_it_overflowed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = shard([0, 1, 2], [float("inf"), float("nan"), 2.0], clip=0.0)
+    values = accumulate([rows, shard([0], [3.0])])
+    assert values.sample.tolist() == [0, 1, 2]
+    assert values.value.tolist() == pytest.approx([0.3, 0.0, 0.0])
+    assert not caplog.text
+
+
 def test_low_precision_scores_are_summed_in_float64() -> None:
     rows = shard([0] * 1000, [1.0] * 1000, lr=1.0)
     rows["score"] = rows["score"].bfloat16()

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
 
 from ghost import (
     BatchError,
@@ -231,86 +230,6 @@ def test_activation_checkpointing(mode: dict[str, Any], tied: bool) -> None:
     assert_exact(model, mode, rows(4, 9), rows(3, 9), causal_loss, CAUSAL)
 
 
-class Siamese(nn.Module):
-    """One layer, used twice in a forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.square, self.out = nn.Linear(5, 5), nn.Linear(5, 4)
-        self.double()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.tanh(self.square(torch.tanh(self.square(x)))))
-
-
-@pytest.mark.parametrize("mode", [MODES["separate"], MODES["bitwise"]], ids=["separate", "bitwise"])
-def test_a_layer_called_twice_is_exact_beside_a_separate_pass(mode: dict[str, Any]) -> None:
-    assert_exact(Siamese(), mode, table(6), table(3), class_loss, LossReduction.SAMPLE_MEAN)
-
-
-def test_a_layer_called_twice_is_refused_in_a_joint_batch() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'square' runs twice.*'separate'"):
-        scored_step(Siamese(), {"loss_reduction": "sample_mean"}, table(6), table(3), class_loss)
-
-
-class SharedWeight(nn.Module):
-    """Two linear layers that share a weight: no embedding is involved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.out = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 4)
-        self.b.weight = self.a.weight
-        self.double()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.tanh(self.b(torch.tanh(self.a(x)))))
-
-
-def test_other_sharing_is_refused_in_a_joint_batch_and_exact_beside_a_separate_pass() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"a\.weight, b\.weight are one tensor.*'separate'"):
-        scored_step(SharedWeight(), {"loss_reduction": "sample_mean"}, table(6), table(3), class_loss)
-    for name in ("separate", "bitwise"):
-        assert_exact(SharedWeight(), MODES[name], table(6), table(3), class_loss, LossReduction.SAMPLE_MEAN)
-
-
-def bert() -> Any:
-    config = BertConfig(
-        vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = BertForMaskedLM(config).double()
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return model
-
-
-def masked_loss(model: nn.Module, X: Any, Y: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(**X).logits.flatten(0, 1), Y.flatten())
-
-
-def masked_batch(number: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    ids = tokens(number, 9).clamp_min(1)
-    ids[0, 6:] = 0  # BERT's padding
-    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), "token_type_ids": ids % 2}
-    return inputs, ids.masked_fill(torch.rand(ids.shape) < 0.5, -100).masked_fill(ids == 0, -100)
-
-
-def test_a_biased_head_tied_to_its_table_is_refused_in_a_joint_batch() -> None:
-    """BERT's decoder has a bias: the message names the tensors, and the mode that is exact."""
-    train, val = masked_batch(4), masked_batch(3)
-    with pytest.raises(UnsupportedModelError, match=r"word_embeddings\.weight.*'separate'"):
-        scored_step(bert(), {}, train, val, masked_loss)
-
-
-@pytest.mark.parametrize("mode", [MODES["separate"], MODES["bitwise"]], ids=["separate", "bitwise"])
-def test_bert_beside_a_separate_pass(mode: dict[str, Any]) -> None:
-    model, train, val = bert(), masked_batch(4), masked_batch(3)
-    expected = reference.scores(model, masked_loss, train, val, LossReduction.TOKEN_MEAN)
-    found = scored_step(model, mode, train, val, masked_loss)
-    assert_near(found.scores, expected)
-    assert_gradients(found.grads, reference.gradient(model, masked_loss(model, *train)))
-
-
 def test_batch_norm_in_training_mode_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)).double()
     config = {"val_mode": "separate"}
@@ -327,10 +246,11 @@ def test_batch_norm_in_eval_mode_is_an_affine_map() -> None:
     assert_exact(model, {}, table(6), table(3), class_loss, LossReduction.SAMPLE_MEAN)
 
 
-def test_a_model_without_a_scorable_layer_is_refused() -> None:
-    model = nn.Sequential(nn.PReLU())
-    with pytest.raises(UnsupportedModelError, match=r"Sequential has no trainable layer.*Linear"):
-        GhostEngineManager({}, model, torch.optim.SGD(model.parameters(), lr=0.1), val_data=table(3))
+def test_a_model_without_a_trainable_parameter_is_refused() -> None:
+    model = mlp().requires_grad_(False)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(UnsupportedModelError, match=r"Sequential has no trainable parameter"):
+        GhostEngineManager({}, model, optimizer, val_data=table(3))
 
 
 @each_mode
@@ -345,21 +265,61 @@ def test_a_layer_that_does_not_run_scores_nothing(mode: dict[str, Any]) -> None:
 
 
 class Flat(nn.Module):
-    """Puts positions where samples should be."""
+    """Makes rows and positions one axis, row after row or position after position."""
+
+    def __init__(self, by_row: bool) -> None:
+        super().__init__()
+        self.inner, self.norm, self.out = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+        self.by_row = by_row
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(torch.tanh(self.inner(x)))
+        order = x if self.by_row else x.transpose(0, 1)
+        out = self.out(nn.functional.dropout(order, 0.2 * self.by_row, self.training).flatten(0, 1))
+        return (
+            out.unflatten(0, order.shape[:2])
+            if self.by_row
+            else out.unflatten(0, order.shape[:2]).transpose(0, 1)
+        )
+
+
+def flat_rows(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(number, 3, 5, dtype=torch.float64), classes(number)
+
+
+@each_mode
+def test_rows_and_positions_in_one_axis(mode: dict[str, Any]) -> None:
+    model = Flat(by_row=True).eval()
+    assert_exact(model, mode, flat_rows(4), flat_rows(2), class_loss, LossReduction.SAMPLE_MEAN)
+    assert not model.training
+    # Whether the order can be told does not depend on dropout.
+    config = mode | {"loss_reduction": "sample_mean"}
+    assert scored_step(model.train(), config, flat_rows(4), flat_rows(2), class_loss).scores.isfinite().all()
+    assert model.out.training
+
+
+@each_mode
+def test_positions_before_rows_are_refused_by_name(mode: dict[str, Any]) -> None:
+    config = mode | {"loss_reduction": "sample_mean"}
+    with pytest.raises(UnsupportedModelError, match=r"'out' has rows and positions in one axis, but not row"):
+        scored_step(Flat(by_row=False), config, flat_rows(4), flat_rows(2), class_loss)
+
+
+class Cut(nn.Module):
+    """Drops positions on its way, so that no axis is what it was."""
 
     def __init__(self) -> None:
         super().__init__()
         self.out = nn.Linear(5, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.out(x[:, 1:].flatten(0, 1)).unflatten(0, (len(x), -1))
 
 
 def test_rows_that_cannot_be_told_apart_are_refused_by_name() -> None:
-    train = torch.randn(4, 3, 5, dtype=torch.float64), classes(4)
-    val = torch.randn(2, 3, 5, dtype=torch.float64), classes(2)
-    with pytest.raises(BatchError, match=r"'out' got an input of shape \(18, 5\).*6 rows"):
-        scored_step(Flat().double(), {"loss_reduction": "sample_mean"}, train, val, class_loss)
+    with pytest.raises(BatchError, match=r"'out' got an input of shape \(12, 5\).*6 rows"):
+        scored_step(Cut().double(), {"loss_reduction": "sample_mean"}, flat_rows(4), flat_rows(2), class_loss)
 
 
 # --- the engine without a manager ---------------------------------------------------------------------------
@@ -373,9 +333,10 @@ def test_usable_on_its_own() -> None:
     X, Y = engine.forward_inputs(*train)
     engine.scale_outputs()
     model(input_ids=X, labels=Y).loss.backward()
-    scores = torch.stack(list(engine.collect().values())).sum(0)
+    scores = sum(part.sum(0) for part in engine.collect().values())  # [b, 1]
     engine.detach()
-    assert_near(scores, reference.scores(model, own_loss, train, val, CAUSAL), OWN_LOSS)
+    assert isinstance(scores, torch.Tensor)
+    assert_near(scores[:, 0], reference.scores(model, own_loss, train, val, CAUSAL), OWN_LOSS)
     assert_gradients(grads_of(model), reference.gradient(model, own_loss(model, *train)), OWN_LOSS)
 
 

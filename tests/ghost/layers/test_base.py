@@ -7,19 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ghost import (
-    GhostConfig,
-    GhostEngineManager,
-    LayerRule,
-    LossReduction,
-    UnsupportedModelError,
-    register_layer,
-)
-from ghost.coverage import coverage
+from ghost import LayerRule, LossReduction, UnsupportedModelError, register_layer
+from ghost.discovery import find_layers
 from ghost.gradients import Materialised, SampleGradients
-from ghost.layers import base
-from tests.ghost import reference
-from tests.ghost.harness import MODES, assert_exact, assert_near, scored_step
+from ghost.layers import WholeRule, base
+from tests.ghost.harness import MODES, assert_exact, scored_step
 from tests.ghost.models import table
 from tests.ghost.reference import class_loss
 
@@ -91,41 +83,32 @@ def test_a_registered_layer_is_exact(registry: None, mode: dict[str, Any]) -> No
 
 def test_a_rule_speaks_for_the_type_alone(registry: None) -> None:
     register_layer(Scale)(ScaleRule)
-    with pytest.raises(UnsupportedModelError, match=r"1\.factor \(in SubScale\)"):
-        scored_step(model_with(SubScale), {"loss_reduction": "sample_mean"}, table(6), table(3), class_loss)
+    rules = {layer.name: layer.rule for layer in find_layers(model_with(SubScale))}
+    assert type(rules["1"]) is WholeRule
+    assert type({layer.name: layer.rule for layer in find_layers(model_with(Scale))}["1"]) is ScaleRule
 
 
-def test_an_unregistered_layer_is_refused_by_name_in_a_joint_batch() -> None:
-    model = model_with(Scale)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(UnsupportedModelError, match=r"1\.factor \(in Scale\).*register_layer.*'separate'"):
-        GhostEngineManager({"loss_reduction": "sample_mean"}, model, optimizer, val_data=table(3))
-    assert "forward" not in vars(model)
+@each_mode
+def test_a_rule_can_be_one_function(registry: None, mode: dict[str, Any]) -> None:
+    """The module's own forward does the rest."""
+
+    @register_layer(Scale)
+    def scale_gradients(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, SampleGradients]:
+        return {"factor": Materialised(x * grad)}
+
+    found = assert_exact(model_with(Scale), mode, table(6), table(3), class_loss, LossReduction.SAMPLE_MEAN)
+    assert "1" in found.by_layer
 
 
-@pytest.mark.parametrize("bitwise", [False, True])
-def test_an_unregistered_layer_is_left_unscored_beside_a_separate_pass(bitwise: bool) -> None:
-    model, train, val = model_with(Scale), table(6), table(3)
-    config = {"val_mode": "separate", "bitwise": bitwise}
-    found = scored_step(model, config, train, val, class_loss)
-    parts = reference.scores_by_parameter(model, class_loss, train, val, LossReduction.SAMPLE_MEAN)
-    unscored = parts.pop("1.factor")
-    assert_near(found.scores, torch.stack(list(parts.values())).sum(0))
-    assert unscored.abs().max() > 0
-    for name, grad in reference.gradient(model, class_loss(model, *train)).items():
-        assert_near(found.grads[name], grad)
-    report = coverage(model, GhostConfig.read(config), class_loss(model, *val))
-    assert report["unscored_parameters"] == ["1.factor"]
-    share = report["scored_val_grad_share"]
-    assert isinstance(share, float)
-    assert 0 < share < 1
+@each_mode
+def test_an_unregistered_layer_is_exact(mode: dict[str, Any]) -> None:
+    for layer in (Scale, SubScale):
+        model = model_with(layer)
+        found = assert_exact(model, mode, table(6), table(3), class_loss, LossReduction.SAMPLE_MEAN)
+        assert found.by_layer["1"].abs().min() > 0
 
 
 def test_a_rule_sees_one_input(registry: None) -> None:
     register_layer(TwoInputs)(ScaleRule)
     with pytest.raises(UnsupportedModelError, match=r"'inner' was called with 2 inputs"):
         scored_step(Twice().double(), {"loss_reduction": "sample_mean"}, table(6), table(3), class_loss)
-
-
-def test_rules_are_named_in_messages() -> None:
-    assert {"Linear", "Conv1D", "Embedding", "LayerNorm", "Conv2d"} <= set(base.registered_types())

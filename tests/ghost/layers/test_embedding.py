@@ -49,6 +49,32 @@ def test_ids_of_any_rank(mode: dict[str, Any], shape: tuple[int, ...]) -> None:
 
 
 @each_mode
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_of_either_width(mode: dict[str, Any], dtype: torch.dtype) -> None:
+    train, val = (ids(5, 7).to(dtype), classes(5)), (ids(3, 7).to(dtype), classes(3))
+    assert_exact(Bag(padding_idx=-1), mode, train, val, class_loss, LossReduction.SAMPLE_MEAN)
+
+
+class Shifted(nn.Module):
+    """Rows without a word have places: a table that is not looked up has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.out = nn.Embedding(9, 6), nn.Linear(6, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.words(x).sum(1))
+
+
+@each_mode
+def test_rows_without_ids(mode: dict[str, Any]) -> None:
+    train, val = (ids(5, 0), classes(5)), (ids(3, 0), classes(3))
+    found = assert_exact(Shifted(), mode, train, val, class_loss, LossReduction.SAMPLE_MEAN)
+    assert found.by_layer["words"].eq(0).all()
+
+
+@each_mode
 def test_padded_ids_are_neither_scored_nor_updated(mode: dict[str, Any]) -> None:
     model = Bag(padding_idx=0)
     nn.init.normal_(model.words.weight)  # the padded row as well: nothing may hang on its being zero

@@ -5,16 +5,24 @@ Members equal their strings, so `cfg.model.kind == "gpt2"` and `getattr(torch, c
 
 from enum import StrEnum
 
-ModelKind = StrEnum("ModelKind", ["gpt2", "mlp", "cnn"])
-DataKind = StrEnum("DataKind", ["interpreter", "text", "tokens", "digits"])
+ModelKind = StrEnum("ModelKind", ["hf", "mlp", "cnn"])
+Architecture = StrEnum(
+    "Architecture", ["gpt2", "gpt_neox", "llama", "qwen2", "opt", "t5", "bert", "vit", "resnet", "llava"]
+)
+DataKind = StrEnum("DataKind", ["interpreter", "text", "tokens", "hf", "digits", "digit_questions", "table"])
+TaskName = StrEnum(
+    "TaskName", ["language", "seq2seq", "text_classes", "image_classes", "table_classes", "image_text"]
+)
 EngineName = StrEnum("EngineName", ["graddotprod", "regular"])
 OptimizerName = StrEnum("OptimizerName", ["adamw", "sgd"])
 Attention = StrEnum("Attention", ["sdpa", "eager"])
 InterpreterDomain = StrEnum("InterpreterDomain", ["code", "docs", "legal"])
 ValMode = StrEnum("ValMode", ["concat", "separate"])
+ValSets = StrEnum("ValSets", ["one", "domain"])
+Resolution = StrEnum("Resolution", ["total", "layer", "family", "head"])
 Algebra = StrEnum("Algebra", ["auto", "token_token", "target", "fused"])
-Family = StrEnum("Family", ["attn", "mlp", "embed", "norm", "head", "other"])
+Family = StrEnum("Family", ["attn", "mlp", "embed", "norm", "head", "conv", "other"])
 TokenType = StrEnum("TokenType", ["uint16", "uint32"])
-FloatType = StrEnum("FloatType", ["float32", "float64", "bfloat16"])
+FloatType = StrEnum("FloatType", ["float32", "float64", "bfloat16", "float16"])
 Device = StrEnum("Device", ["auto", "cpu", "cuda"])
 Schedule = StrEnum("Schedule", ["constant", "cosine", "linear"])

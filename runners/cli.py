@@ -1,7 +1,8 @@
 """The command line: compose the config with Hydra, check it, dispatch it, say every error in one sentence.
 
-Exit codes: 0 done, 1 a failure inside the run (traceback in `run.log`), 2 a mistake in the command or the
-data (one sentence on stderr), 130 interrupted. Torch is imported only once a checked config is about to run.
+Exit codes: 0 done, 1 a failure inside the run (traceback in `run.log`) or scores that `verify=true` finds
+wrong, 2 a mistake in the command or the data (one sentence on stderr), 130 interrupted. Torch is imported
+only once a checked config is about to run.
 """
 
 import logging
@@ -69,7 +70,7 @@ class Reported:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or isinstance(error, SystemExit):
+        if error is None or isinstance(error, SystemExit | JobFailed):
             return
         if isinstance(error, KeyboardInterrupt):
             log.error("Interrupted; what was written so far is in %s", HydraConfig.get().runtime.output_dir)
@@ -80,9 +81,12 @@ class Reported:
         else:
             log.error("The run failed.", exc_info=error)
             exit_code = FAILED
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise JobFailed(exit_code) from error
-        raise SystemExit(exit_code) from error
+        raise job_end(exit_code) from error
+
+
+def job_end(exit_code: int) -> JobFailed | SystemExit:
+    """What ends a job that has said why: a single run's program, or only this job of a sweep."""
+    return JobFailed(exit_code) if HydraConfig.get().mode == RunMode.MULTIRUN else SystemExit(exit_code)
 
 
 def task(cfg: DictConfig) -> float | None:
@@ -100,6 +104,12 @@ def task(cfg: DictConfig) -> float | None:
             from runners.dryrun import report
 
             report(cfg)
+            return None
+        if cfg.verify:
+            from runners.verification import verify_scores
+
+            if not verify_scores(cfg):
+                raise job_end(FAILED)
             return None
         from runners.train import run
 

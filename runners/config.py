@@ -6,15 +6,16 @@ help, completion and composition stay quick.
 """
 # ruff: noqa: RUF009 -- `key` and `fixed` return dataclass fields, not shared values
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from runners.choices import (
     Algebra,
+    Architecture,
     Attention,
     DataKind,
     Device,
@@ -24,9 +25,12 @@ from runners.choices import (
     InterpreterDomain,
     ModelKind,
     OptimizerName,
+    Resolution,
     Schedule,
+    TaskName,
     TokenType,
     ValMode,
+    ValSets,
 )
 
 GROUPS = (
@@ -38,6 +42,13 @@ GROUPS = (
 def key(meaning: str, default: Any = MISSING) -> Any:
     """A field with its documentation; without a default, the YAML of the choice must give the value."""
     return field(default=default, metadata={"meaning": meaning})
+
+
+def free(meaning: str) -> Any:
+    """A dictionary whose keys the schema leaves open: they can be typed without a plus, and are checked by
+    what reads them. YAML files that build on each other are merged key by key.
+    """
+    return field(default_factory=dict, metadata={"meaning": meaning, "free": True})
 
 
 def fixed(value: StrEnum) -> Any:
@@ -57,30 +68,17 @@ class ModelConfig:
 
 
 @dataclass
-class GPT2Architecture:
-    """Hugging Face's `GPT2Config`, as far as it changes the shape of the model."""
+class HuggingFaceModel(ModelConfig):
+    """One of Hugging Face's models: from its configuration (random start) or with saved weights."""
 
-    n_layer: int = key("transformer blocks")
-    n_head: int = key("attention heads a block; divides n_embd")
-    n_embd: int = key("width of the residual stream")
-    n_positions: int = key("longest sequence, in tokens")
-    vocab_size: int = key("rows of the token embedding")
-    tie_word_embeddings: bool = key("LM head and token embedding share one matrix")
-    attn_pdrop: float = key("dropout probability on attention weights")
-    resid_pdrop: float = key("dropout probability on the residual branches")
-    embd_pdrop: float = key("dropout probability on the embeddings")
-    attn_implementation: Attention = key("attention kernel")
-
-
-@dataclass
-class GPT2Model(ModelConfig):
-    """A GPT-2 from its configuration (random start) or from a folder or hub id (pretrained)."""
-
-    kind: ModelKind = fixed(ModelKind.gpt2)
-    path: str | None = key(
-        "folder or hub id of a GPT-2 of the same shape as config; null: random start", None
+    kind: ModelKind = fixed(ModelKind.hf)
+    architecture: Architecture = key("the model's type, as transformers names it")
+    path: str | None = key("folder, .gguf file or hub id with the weights; null: random start", None)
+    attn_implementation: Attention | None = key("attention kernel; null: transformers' choice", None)
+    config: dict[str, Any] = free(
+        "a key of Hugging Face's configuration class; others have its defaults, or the saved model's, and "
+        "dropout is 0; null: as the data needs it"
     )
-    config: GPT2Architecture = field(default_factory=GPT2Architecture)
 
 
 @dataclass
@@ -116,6 +114,7 @@ class DataConfig:
 class LanguageData(DataConfig):
     """What all token sources share."""
 
+    task: TaskName = key("what the text is for: see docs/data.md")
     seq_len: int = key("tokens a sample")
 
 
@@ -158,12 +157,65 @@ class TokensData(LanguageData):
 
 
 @dataclass
+class HFData(LanguageData):
+    """A Hugging Face data set: from the hub, a folder of save_to_disk, or local files."""
+
+    kind: DataKind = fixed(DataKind.hf)
+    name: str | None = key("hub id; null: data.path", None)
+    subset: str | None = key("the configuration of the data set on the hub; null: its only one", None)
+    path: str | None = key("folder, or .parquet, .jsonl, .json or .csv file; null: data.name", None)
+    split: str = key("split to train on")
+    val_split: str | None = key("split to validate with; null: val_samples of data.split", None)
+    train_samples: int | None = key("samples to train on; null: all", None)
+    text_field: str | None = key("column of the text (language, text_classes); null: text", None)
+    source_field: str | None = key("column of the source (seq2seq); null: source", None)
+    target_field: str | None = key("column of the target (seq2seq); null: target", None)
+    image_field: str | None = key("column of the image (image_classes); null: image", None)
+    label_field: str | None = key("column of the label (text_classes, image_classes); null: label", None)
+    domain_field: str | None = key("column of the domain; null: the class's name, else the split", None)
+    id_field: str | None = key("column of a stable id; null: split and row number", None)
+    tokenizer: str = key("gpt2 (bundled), a local tokenizer folder, or a hub id")
+    target_len: int | None = key("tokens of the target (seq2seq); null: seq_len", None)
+    image_size: int = key("height and width of an image, in pixels (image_classes)")
+    channels: int = key("1: grey, 3: colour (image_classes)")
+    mean: list[float] | None = key("subtracted from each channel (image_classes); null: nothing", None)
+    std: list[float] | None = key("each channel is divided by this (image_classes); null: by nothing", None)
+
+
+@dataclass
 class DigitsData(DataConfig):
     """scikit-learn's 8 × 8 digits, ten classes."""
 
     kind: DataKind = fixed(DataKind.digits)
-    as_image: bool = key("samples of shape [1, 8, 8] (for model=cnn) instead of [64]")
+    as_image: bool = key("images of shape [channels, image_size, image_size] instead of [64]")
+    image_size: int = key("height and width, in pixels; other than 8: interpolated (as_image)")
+    channels: int = key("1, or 3 that are alike (as_image)")
     label_noise: float = key("share of training labels replaced by a wrong one, in [0, 1)")
+
+
+@dataclass
+class DigitQuestionsData(DataConfig):
+    """Questions about scikit-learn's digits, with no image, one or two: for image-text models."""
+
+    kind: DataKind = fixed(DataKind.digit_questions)
+    train_samples: int | None = key("samples to train on; null: all", None)
+    seq_len: int = key("tokens a sample is padded to")
+    tokenizer: str = key("gpt2 (bundled), a local tokenizer folder, or a hub id")
+    image_size: int = key("height and width, in pixels: that of the model's vision tower")
+    patch_size: int = key("height and width of a patch: that of the model's vision tower")
+    image_token_id: int = key("id of <image>: the number of tokens where the tokenizer does not know it")
+
+
+@dataclass
+class TableData(DataConfig):
+    """A table of numbers with a class for each row."""
+
+    kind: DataKind = fixed(DataKind.table)
+    path: str = key("breast_cancer, wine or iris (bundled), or a .csv or .parquet file")
+    label_field: str | None = key("column of the class; a file needs it", None)
+    domain_field: str | None = key("column of the domain; null: the class's name", None)
+    id_field: str | None = key("column of a stable id; null: the row's number", None)
+    train_samples: int | None = key("samples to train on; null: all", None)
 
 
 # ---------------------------------------------------------------- engine, layers, dtype, hardware
@@ -183,11 +235,17 @@ class GradDotProdEngine(EngineConfig):
     name: EngineName = fixed(EngineName.graddotprod)
     val_mode: ValMode = key("validation rows in the training pass, or in a pass of their own")
     val_batch_size: int = key(
-        "validation rows a step (concat) or a micro-batch of the validation pass (separate)"
+        "validation rows of each set a step (concat) or a micro-batch of the validation pass (separate)"
+    )
+    val_sets: ValSets = key("validation objectives: all samples as one, or one for each domain")
+    pairwise: bool = key("score every pair of a training and a validation sample")
+    resolution: Resolution = key(
+        "what stored scores tell apart: nothing, layers, families or attention heads"
     )
     val_every: int = key("steps between two validation gradients (separate)")
     bitwise: bool = key("keep training bit-identical to engine=regular (separate)")
     algebra: Algebra = key("how the dots are computed; auto: the cheapest for each layer")
+    strict: bool = key("refuse to train where a trainable parameter is not scored")
 
 
 @dataclass
@@ -201,9 +259,10 @@ class RegularEngine(EngineConfig):
 class LayersConfig:
     """Which layers are scored (all are trained): those included, not excluded, and of one of the families."""
 
-    include: list[str] = key("name patterns (* and ?) of layers to score")
-    exclude: list[str] = key("name patterns of layers not to score")
+    include: list[str] = key("what to score: h.*.mlp.*, re:.*mlp.*, or heads such as h.3.attn.head[0,5]")
+    exclude: list[str] = key("what not to score, in the same patterns")
     families: list[Family] = key("families to score; []: all")
+    blocks: list[str] = key("blocks to score, such as 7 or 0-3; []: all, and layers outside of blocks")
 
 
 @dataclass
@@ -293,6 +352,7 @@ class RunConfig:
     seed: int = key("seed of weights, data order and noise")
     preview: bool = key("show the samples' first words in the end table (console only)")
     dry_run: bool = key("show parameters, memory and output directory, then end")
+    verify: bool = key("check the scores of a few samples against plain autograd, layer by layer, then end")
     output_dir: str | None = key("where the run's files go; set by hydra.run.dir or hydra.sweep.dir")
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -306,16 +366,19 @@ class RunConfig:
 
 
 # Names without a group, so that neither help nor completion offers them as choices. A YAML file takes its
-# schema by `defaults: [/schema_model_gpt2@_here_, _self_]`.
+# schema by `defaults: [/schema_model_hf@_here_, _self_]`.
 SCHEMAS: dict[str, type] = {
     "schema_run": RunConfig,
-    "schema_model_gpt2": GPT2Model,
+    "schema_model_hf": HuggingFaceModel,
     "schema_model_mlp": MLPModel,
     "schema_model_cnn": CNNModel,
     "schema_data_interpreter": InterpreterData,
     "schema_data_text": TextData,
     "schema_data_tokens": TokensData,
+    "schema_data_hf": HFData,
     "schema_data_digits": DigitsData,
+    "schema_data_digit_questions": DigitQuestionsData,
+    "schema_data_table": TableData,
     "schema_engine_graddotprod": GradDotProdEngine,
     "schema_engine_regular": RegularEngine,
     "schema_layers": LayersConfig,
@@ -327,5 +390,15 @@ SCHEMAS: dict[str, type] = {
     "schema_tracking": TrackingConfig,
 }
 
+
+def _node(schema: type) -> DictConfig:
+    """The schema as a config; free dictionaries take new keys, also once Hydra has closed the rest."""
+    node = OmegaConf.structured(schema)
+    for item in fields(schema):
+        if item.metadata.get("free"):
+            OmegaConf.set_struct(node[item.name], False)
+    return node
+
+
 for _name, _schema in SCHEMAS.items():
-    ConfigStore.instance().store(name=_name, node=_schema, provider="ghostrunner")
+    ConfigStore.instance().store(name=_name, node=_node(_schema), provider="ghostrunner")

@@ -1,26 +1,25 @@
 """`dry_run=true`: what a run would train, need and write, without building anything large.
 
-The model is built on PyTorch's meta device, so its parameters are counted and not allocated. Memory is an
-estimate by formula, for the largest step; transient buffers, the allocator and the libraries come on top.
+The model is built on PyTorch's meta device, so its parameters are counted and not allocated. What its forward
+keeps for the backward is counted on tensors without memory, for the largest step; transient buffers, the
+allocator and the libraries come on top.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from runners.models import build_model
-from runners.pretrained import find_gpt2
+from runners.data import build_data
+from runners.kept import kept_values
+from runners.models import build_on_meta
+from runners.models.hf_config import DataFacts
+from runners.models.keys import CLASS_TASKS
+from runners.tasks import model_task
 
-DIGITS_CLASSES = 10
-
-# Values a token that GPT-2's forward keeps for the backward, in units of n_embd, counted with saved-tensor
-# hooks: in each block, and around the blocks. Eager attention keeps n_head * seq_len probabilities more.
-KEPT_PER_BLOCK = 28
-KEPT_AROUND = 2
 # Logits, their log-probabilities and their gradient live at once.
 LOGIT_COPIES = 3
 
@@ -43,9 +42,10 @@ class MemoryEstimate:
 
 def report(cfg: DictConfig) -> None:
     """Prints the run's size, memory estimate and output directory on the console."""
-    model = build_on_meta(cfg)
+    facts = data_facts(cfg)
+    model = build_on_meta(cfg.model, facts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    estimate = estimate_memory(cfg, model)
+    estimate = estimate_memory(cfg, model, facts)
 
     table = Table(title="dry run: nothing was trained", show_header=False, title_justify="left")
     table.add_column()
@@ -60,40 +60,43 @@ def report(cfg: DictConfig) -> None:
     Console().print(table)
 
 
-def build_on_meta(cfg: DictConfig) -> torch.nn.Module:
-    """The model of `cfg` with parameters that have shapes and no memory."""
-    model = cfg.model
-    if model.kind == "gpt2" and model.path is not None:
-        find_gpt2(model)  # its shape is the one that model.config gives
-        model = OmegaConf.merge(model, {"path": None})
-    with torch.device("meta"):
-        return build_model(model, **_model_shapes(cfg))
+def data_facts(cfg: DictConfig) -> DataFacts:
+    """What the data tells the model; it is read only for what the model's config leaves open."""
+    seq_len = OmegaConf.select(cfg, "data.seq_len")
+    if _is_complete(cfg.model):
+        return DataFacts(seq_len=seq_len)
+    data = build_data(cfg.data, cfg.seed)
+    return DataFacts(data.vocab_size, data.input_shape, data.num_classes, seq_len)
 
 
-def estimate_memory(cfg: DictConfig, model: torch.nn.Module) -> MemoryEstimate:
-    """Memory of a training step, from the parameters' sizes and the rows of the step."""
+def estimate_memory(cfg: DictConfig, model: nn.Module, facts: DataFacts) -> MemoryEstimate:
+    """Memory of a training step, from the parameters' sizes and a forward pass of the step's rows."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     weight_bytes = _itemsize(cfg.dtype.model) * sum(sizes)
     rows = _rows_at_once(cfg)
-    activations, logits = _kept_values(cfg)
+    kept, logits = kept_values(model, model_task(cfg.model), rows, facts.seq_len, facts.input_shape)
     if cfg.trainer.eval_only:
         # No backward: only the logits of one batch and their log-probabilities are alive.
-        return MemoryEstimate(weight_bytes, 0, 0, 0, rows * logits * 2 * _logit_itemsize(cfg), 0)
+        return MemoryEstimate(weight_bytes, 0, 0, 0, logits * 2 * _logit_itemsize(cfg), 0)
     return MemoryEstimate(
         weights=weight_bytes,
         gradients=weight_bytes,
         optimizer=weight_bytes * _optimizer_copies(cfg.optimizer),
-        activations=rows * activations * _itemsize(cfg.dtype.autocast or cfg.dtype.model),
-        logits=rows * logits * LOGIT_COPIES * _logit_itemsize(cfg),
+        activations=kept * _itemsize(cfg.dtype.autocast or cfg.dtype.model),
+        logits=logits * LOGIT_COPIES * _logit_itemsize(cfg),
         scoring=_scoring_values(cfg, sizes) * _itemsize(cfg.dtype.score),
     )
 
 
-def _model_shapes(cfg: DictConfig) -> dict[str, Any]:
-    if cfg.model.kind == "gpt2":
-        return {"vocab_size": cfg.model.config.vocab_size, "input_shape": None, "num_classes": None}
-    shape = (1, 8, 8) if cfg.data.as_image else (64,)
-    return {"vocab_size": None, "input_shape": shape, "num_classes": DIGITS_CLASSES}
+def _is_complete(model: DictConfig) -> bool:
+    """Whether the model's config alone says how large it is."""
+    reads_classes = model.kind != "hf" or model_task(model) in CLASS_TASKS
+    return not reads_classes and not _leaves_vocabulary_open(model.config)
+
+
+def _leaves_vocabulary_open(config: DictConfig) -> bool:
+    parts = [part for part in config.values() if isinstance(part, DictConfig)]
+    return config.get("vocab_size", 0) is None or any(map(_leaves_vocabulary_open, parts))
 
 
 def _rows_at_once(cfg: DictConfig) -> int:
@@ -105,18 +108,6 @@ def _rows_at_once(cfg: DictConfig) -> int:
     if cfg.engine.val_mode == "concat":
         return cfg.trainer.batch_size + cfg.engine.val_batch_size
     return max(cfg.trainer.batch_size, cfg.engine.val_batch_size)
-
-
-def _kept_values(cfg: DictConfig) -> tuple[int, int]:
-    """Values one row keeps for the backward, and values of its logits."""
-    if cfg.model.kind == "mlp":
-        return 64 + 2 * sum(cfg.model.hidden), DIGITS_CLASSES
-    if cfg.model.kind == "cnn":
-        return 64 * (1 + 2 * sum(cfg.model.channels)), DIGITS_CLASSES
-    shape = cfg.model.config
-    eager = shape.n_head * cfg.data.seq_len if shape.attn_implementation == "eager" else 0
-    per_token = shape.n_embd * (KEPT_PER_BLOCK * shape.n_layer + KEPT_AROUND) + shape.n_layer * eager
-    return cfg.data.seq_len * per_token, cfg.data.seq_len * shape.vocab_size
 
 
 def _optimizer_copies(optimizer: DictConfig) -> int:
@@ -143,8 +134,9 @@ def _work(cfg: DictConfig) -> dict[str, str]:
     train_samples = OmegaConf.select(cfg, "data.train_samples")
     if train_samples is not None:
         work["samples"] += f" ({samples / train_samples:.2f} epochs)"
-    if cfg.model.kind == "gpt2":
-        work["tokens"] = f"{samples * cfg.data.seq_len:,}"
+    seq_len = OmegaConf.select(cfg, "data.seq_len")
+    if seq_len is not None:
+        work["tokens"] = f"{samples * seq_len:,}"
     return work
 
 

@@ -20,6 +20,9 @@ def keys_help(*, _root_: DictConfig) -> str:
     lines = []
     for name, value, meaning in _documented_keys(_root_, prefix=""):
         left = f"  {name}={value}"
+        if not meaning:
+            lines.append(left)
+            continue
         body = textwrap.wrap(meaning, width=112 - COLUMN)
         head = left.ljust(COLUMN) if len(left) < COLUMN else f"{left}\n{' ' * COLUMN}"
         lines.append(head + f"\n{' ' * COLUMN}".join(body))
@@ -33,10 +36,22 @@ def _documented_keys(node: DictConfig, prefix: str) -> Iterator[tuple[str, str, 
     for item in fields(schema):
         name = f"{prefix}{item.name}"
         child = None if is_unresolved(node, item.name) else node[item.name]
-        if isinstance(child, DictConfig):
+        if item.metadata.get("free") and isinstance(child, DictConfig):
+            yield from _free_keys(child, f"{name}.", item.metadata["meaning"])
+        elif isinstance(child, DictConfig):
             yield from _documented_keys(child, prefix=f"{name}.")
         elif "meaning" in item.metadata:
             yield name, _shown(node, item.name), item.metadata["meaning"] + _choices(item.type)
+
+
+def _free_keys(node: DictConfig, prefix: str, meaning: str) -> Iterator[tuple[str, str, str]]:
+    """The keys of a free dictionary that have values; the meaning of all stands beside `KEY`."""
+    yield f"{prefix}KEY", "VALUE", meaning
+    for name in map(str, node):
+        if not is_unresolved(node, name) and isinstance(node[name], DictConfig):
+            yield from list(_free_keys(node[name], f"{prefix}{name}.", ""))[1:]
+        else:
+            yield f"{prefix}{name}", _shown(node, name), ""
 
 
 def is_unresolved(node: DictConfig, name: str) -> bool:

@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations, and what is recorded of them."""
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ghost import GhostEngineManager
+from ghost import GhostEngineManager, LossReduction
 from ghost.loss import count
 from runners.data.base import Batch, SampleSet
 from runners.data.loader import eval_batches
@@ -18,6 +19,8 @@ from runners.losses import Task
 from runners.overhead import OverheadMeter, Probe
 from runners.progress import StatusLine
 from runners.tracking import NullTracker
+
+log = logging.getLogger(__name__)
 
 TRAIN_LOSS, VAL_LOSS = "train/loss", "val/loss"
 
@@ -53,6 +56,7 @@ class TrainingLoop:
     task: Task
     manager: GhostEngineManager
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     schedule: LambdaLR
     batches: Iterator[Batch]
     val: SampleSet
@@ -93,7 +97,7 @@ class TrainingLoop:
                 batch, step, share=counted / sum(counts), probed=number == 1 and self._overhead.is_due(step),
                 last=number == len(parts),
             )  # fmt: skip
-        lr = self._take_optimizer_step()
+        lr = self._take_optimizer_step(step)
         if self.manager.should_save_metrics(step):
             self.manager.save_metrics(step)
         return StepResult(float(loss_sum) / sum(counts), sum(counts), lr)
@@ -117,20 +121,32 @@ class TrainingLoop:
             self._overhead.compare(self._probe, self._optimizer_seconds)
             self._probe = None
 
-    def _take_optimizer_step(self) -> float:
-        """Clip and update; returns the learning rate."""
+    def _take_optimizer_step(self, step: int) -> float:
+        """Clip and update; returns the learning rate.
+
+        A step whose gradients overflow in float16 is left out: it changes no weight and credits no sample,
+        and the learning rate stays where it is in its schedule.
+        """
         began = time.perf_counter()
         lr = float(self.schedule.get_last_lr()[0])
+        scale = self.scaler.get_scale()
         if self.cfg.trainer.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.trainer.clip_grad_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.manager.aggregate_and_log()
-        self.schedule.step()
+        if self.scaler.get_scale() < scale:
+            log.info(
+                "Step %d is skipped: its gradients overflow in float16 at a loss scale of %g.", step, scale
+            )
+        else:
+            self.schedule.step()
         self._optimizer_seconds = time.perf_counter() - began
         return lr
 
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
-        counted = "tokens" if self.cfg.model.kind == "gpt2" else "samples"
+        counted = "samples" if self.task.reduction is LossReduction.SAMPLE_MEAN else "tokens"
         metrics = {
             TRAIN_LOSS: result.loss,
             "train/lr": result.lr,
@@ -140,6 +156,8 @@ class TrainingLoop:
         device_memory = peak_device_memory_bytes(self.task.device)
         if device_memory is not None:
             metrics["memory/peak_device_gb"] = device_memory / 1e9
+        if self.scaler.is_enabled():
+            metrics["train/loss_scale"] = self.scaler.get_scale()
         if self._overhead.share is not None:
             metrics["scoring/overhead"] = self._overhead.share
         if self.cfg.engine.name != "regular":
@@ -157,12 +175,15 @@ class TrainingLoop:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: SampleSet, task: Task, batch_size: int) -> float:
-    """The mean loss over all samples, in evaluation mode; the model is left in training mode."""
+    """The mean loss over all samples, in evaluation mode; every layer's own mode is put back."""
+    trained = [module for module in model.modules() if module.training]
     model.eval()
     total, counted = 0.0, 0
     for batch in eval_batches(samples, batch_size):
         loss = task.loss(model, *task.place(batch.inputs, batch.labels))
         total += float(loss.row_sums.sum())
         counted += int(loss.row_counts.sum())
-    model.train()
+    # Not model.train(): BatchNorm layers stay in evaluation mode.
+    for module in trained:
+        module.training = True
     return total / counted

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules from the config."""
+"""Optimizers, learning-rate schedules and gradient scalers from the config."""
 
 import math
 
@@ -23,6 +23,11 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         params, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, weight_decay=cfg.weight_decay
     )
+
+
+def build_scaler(cfg: DictConfig, device: torch.device) -> torch.amp.GradScaler:
+    """The gradient scaler that float16 needs; in any other format one that does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=cfg.dtype.autocast == "float16")
 
 
 def build_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -23,30 +21,24 @@ from analysis.plots import plot_run
 from analysis.runs import score_note
 from ghost import GhostConfig, GhostEngineManager, Selection
 from ghost.batch import take_rows
-from ghost.coverage import coverage
-from ghost.values import accumulate, read_shards
+from ghost.coverage import coverage, coverage_lines
 from runners.data import build_data
 from runners.data.base import DataBundle
-from runners.data.loader import train_batches, val_batch, write_samples
+from runners.data.loader import train_batches, val_batch, val_batches_by_domain, write_samples
 from runners.environment import device_description, git_state, versions
 from runners.errors import ConfigError
 from runners.loop import VAL_LOSS, TrainingLoop, evaluate
 from runners.losses import Task, build_task
-from runners.models import build_model, parameter_dtype
-from runners.optim import build_optimizer, build_schedule
+from runners.models import build_model, parameter_dtype, place
+from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
 from runners.summary import print_summary, replay_command
 from runners.tracking import NullTracker, build_tracker, flatten
+from runners.values import VALUES_FILE, VALUES_SCHEMA, write_columns, write_values
 
 log = logging.getLogger(__name__)
 
 PROJECT = Path(__file__).resolve().parent.parent
-
-VALUES_FILE = "values.parquet"
-
-VALUES_SCHEMA = pa.schema(
-    [("sample_id", pa.string()), ("domain", pa.string()), ("value", pa.float64()), ("times_seen", pa.int64())]
-)
 
 
 def run(cfg: DictConfig) -> float:
@@ -61,8 +53,7 @@ def run(cfg: DictConfig) -> float:
     with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
         data = build_data(cfg.data, cfg.seed)
         log.info("%s", data.description)
-        model = build_model(cfg.model, data.vocab_size, data.input_shape, data.num_classes)
-        model.to(device=device, dtype=parameter_dtype(cfg.dtype))
+        model = build_placed(cfg, data, device)
         record_setup(cfg, out, device, data, tracker)
         if cfg.trainer.eval_only:
             val_loss = evaluate_only(cfg, model, data, device, tracker)
@@ -74,6 +65,14 @@ def run(cfg: DictConfig) -> float:
         if not cfg.trainer.eval_only:
             show_summary(cfg, out, data, tracker)
         return val_loss
+
+
+def build_placed(cfg: DictConfig, data: DataBundle, device: torch.device) -> nn.Module:
+    """The configured model for the data, on the device and in its number format."""
+    seq_len = OmegaConf.select(cfg, "data.seq_len")
+    model = build_model(cfg.model, data.vocab_size, data.input_shape, data.num_classes, seq_len)
+    place(model, device, parameter_dtype(cfg.dtype))
+    return model
 
 
 def prepare_machine(cfg: DictConfig) -> torch.device:
@@ -135,23 +134,34 @@ def train(
     batches = train_batches(
         data.train, cfg.trainer.batch_size, cfg.seed, cfg.data.shuffle, cfg.data.num_workers
     )
-    rows = val_batch(data.val)
-    val_data = task.place(rows.inputs, rows.labels)
+    val_data = validation_data(cfg, data, task)
     config = ghost_config(cfg, out, task)
     if is_scored(cfg):
         write_coverage(model, config, task, val_data, out / "coverage.json")
-    manager = GhostEngineManager(config, model, optimizer, val_data=val_data, loss_fn=task.mean)
+    scaler = build_scaler(cfg, device)
+    manager = GhostEngineManager(
+        config, model, optimizer, val_data=val_data, loss_fn=task.mean, scaler=scaler
+    )
     called: Any = torch.compile(model) if cfg.trainer.compile else model
     try:
         with StatusLine(cfg.trainer.max_steps, sys.stderr) as status:
             loop = TrainingLoop(
-                cfg=cfg, model=called, task=task, manager=manager, optimizer=optimizer,
+                cfg=cfg, model=called, task=task, manager=manager, optimizer=optimizer, scaler=scaler,
                 schedule=build_schedule(cfg.trainer, optimizer), batches=batches, val=data.val,
                 tracker=tracker, status=status,
             )  # fmt: skip
             return loop.run()
     finally:
         manager.cleanup()
+
+
+def validation_data(cfg: DictConfig, data: DataBundle, task: Task) -> Any:
+    """Inputs and labels of the validation samples on the run's device: of all, or by domain."""
+    if is_scored(cfg) and cfg.engine.val_sets == "domain":
+        by_domain = val_batches_by_domain(data.val)
+        return {domain: task.place(batch.inputs, batch.labels) for domain, batch in by_domain.items()}
+    rows = val_batch(data.val)
+    return task.place(rows.inputs, rows.labels)
 
 
 def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
@@ -164,10 +174,16 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
         "val_batch_size": cfg.engine.val_batch_size,
         "val_every": cfg.engine.val_every,
         "bitwise": cfg.engine.bitwise,
+        "pairwise": cfg.engine.pairwise,
+        "resolution": str(cfg.engine.resolution),
+        "strict": cfg.engine.strict,
         "algebra": str(cfg.engine.algebra),
         "loss_reduction": task.reduction.value,
         "selection": Selection(
-            tuple(cfg.layers.include), tuple(cfg.layers.exclude), tuple(str(f) for f in cfg.layers.families)
+            include=tuple(cfg.layers.include),
+            exclude=tuple(cfg.layers.exclude),
+            families=tuple(str(f) for f in cfg.layers.families),
+            blocks=tuple(cfg.layers.blocks),
         ),
         "score_dtype": getattr(torch, cfg.dtype.score),
         "storage_dtype": getattr(torch, cfg.dtype.storage),
@@ -178,26 +194,23 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
     return GhostConfig.read(settings)
 
 
-def write_coverage(
-    model: nn.Module, config: GhostConfig, task: Task, val_data: tuple[Any, Any], path: Path
-) -> None:
+def write_coverage(model: nn.Module, config: GhostConfig, task: Task, val_data: Any, path: Path) -> None:
     """Measure on the validation rows of one step what the scores will speak of."""
-    X, Y = val_data
+    X, Y = next(iter(val_data.values())) if isinstance(val_data, dict) else val_data
     rows = slice(0, config.val_batch_size)
     with torch.random.fork_rng(task.cuda_devices()):  # dropout here must not change what the training draws
         report = coverage(model, config, task.mean(model, take_rows(X, rows), Y[rows]))
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    log.info(
-        "Scoring %.1f %% of %d trainable parameters and %.1f %% of the validation gradient's squared norm",
-        100 * report["scored_parameter_share"], report["parameters"],
-        100 * report["scored_val_grad_share"],
-    )  # fmt: skip
+    for line in coverage_lines(report):
+        log.info("%s", line)
 
 
 def write_results(cfg: DictConfig, out: Path, data: DataBundle) -> None:
     """Values of a scored run, and the plots."""
     if is_scored(cfg):
-        write_values(out, data)
+        write_values(out, data.train)
+        if is_resolved(cfg):
+            write_columns(out, data)
     try:
         plot_run(out)
     except AnalysisError as error:
@@ -219,22 +232,9 @@ def is_scored(cfg: DictConfig) -> bool:
     return cfg.engine.name != "regular"
 
 
-def write_values(out: Path, data: DataBundle) -> None:
-    """One row for each training sample that was scored, atomically written to `values.parquet`."""
-    found = accumulate(read_shards(out / "scores"))
-    indices = found.sample.tolist()
-    table = pa.table(
-        [
-            [data.train.sample_ids[i] for i in indices],
-            [data.train.domains[i] for i in indices],
-            found.value.numpy(),
-            found.times_seen.numpy(),
-        ],
-        schema=VALUES_SCHEMA,
-    )
-    partial = out / ".values.parquet.partial"
-    pq.write_table(table, partial)
-    os.replace(partial, out / VALUES_FILE)
+def is_resolved(cfg: DictConfig) -> bool:
+    """Whether scores have several columns."""
+    return bool(cfg.engine.pairwise or cfg.engine.val_sets != "one" or cfg.engine.resolution != "total")
 
 
 def _previews(data: DataBundle) -> Callable[[str], str]:

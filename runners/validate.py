@@ -1,7 +1,7 @@
 """Checks across keys, before anything is built: what Hydra's types cannot say.
 
 Each check raises `ConfigError` with one sentence: the key, its value, and what to type instead. Torch is not
-imported.
+imported, except by the last check: a Hugging Face model's keys are what its configuration class says.
 """
 
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ from omegaconf.errors import OmegaConfBaseException
 from runners.errors import ConfigError
 from runners.help_text import is_unresolved, typed
 from runners.hydra_errors import suggestion
-
-LANGUAGE_DATA = ("interpreter", "text", "tokens")
+from runners.refuse import refuse as _refuse
+from runners.tasks import refuse_other_task
+from runners.validate_data import check_data
 
 # Whole numbers and their smallest sensible value; null is allowed where the schema allows it.
 SMALLEST = {
     "seed": 0,
-    "model.config.n_layer": 1,
-    "model.config.n_head": 1,
-    "model.config.n_embd": 1,
-    "model.config.n_positions": 2,
-    "model.config.vocab_size": 2,
     "data.seq_len": 2,  # one token to read, one to predict
     "data.train_samples": 1,
     "data.val_samples": 1,
     "data.num_workers": 0,
+    "data.target_len": 1,
+    "data.image_size": 1,
+    "data.patch_size": 1,
+    "data.image_token_id": 0,
     "data.vocab_size": 2,
     "engine.val_batch_size": 1,
     "engine.val_every": 1,
@@ -46,9 +46,6 @@ SMALLEST = {
 POSITIVE = ("optimizer.lr", "optimizer.eps", "trainer.clip_grad_norm")
 FRACTIONS = (  # in [0, 1)
     "data.label_noise",
-    "model.config.attn_pdrop",
-    "model.config.resid_pdrop",
-    "model.config.embd_pdrop",
     "optimizer.momentum",
 )
 
@@ -60,9 +57,8 @@ def check(cfg: DictConfig) -> None:
     _choices_kept(cfg)
     _output_dir(cfg)
     _numbers(cfg)
-    _model(cfg)
-    _data(cfg)
-    _pairing(cfg)
+    check_data(cfg)
+    refuse_other_task(cfg)
     if cfg.engine.name == "graddotprod":
         _graddotprod(cfg)
     else:
@@ -71,11 +67,9 @@ def check(cfg: DictConfig) -> None:
     _dtype(cfg)
     _optimizer(cfg)
     _trainer(cfg)
+    _verify(cfg)
     _tracking(cfg)
-
-
-def _refuse(cfg: DictConfig, key: str, why: str) -> None:
-    raise ConfigError(f"{key}={typed(OmegaConf.select(cfg, key))} {why}")
+    _model(cfg)
 
 
 def _keys_known(cfg: DictConfig, prefix: str) -> None:
@@ -140,10 +134,10 @@ def _widths(cfg: DictConfig) -> Iterator[tuple[str, ListConfig]]:
 
 
 def _model(cfg: DictConfig) -> None:
-    if cfg.model.kind == "gpt2":
-        shape = cfg.model.config
-        if shape.n_embd % shape.n_head:
-            _refuse(cfg, "model.config.n_embd", f"must be a multiple of model.config.n_head={shape.n_head}")
+    if cfg.model.kind == "hf":
+        from runners.models.hf_config import DataFacts, check_model
+
+        check_model(cfg.model, DataFacts(seq_len=OmegaConf.select(cfg, "data.seq_len")))
 
 
 def _choices_kept(cfg: DictConfig) -> None:
@@ -154,42 +148,6 @@ def _choices_kept(cfg: DictConfig) -> None:
             if item.metadata.get("fixed") and cfg[group][item.name] != item.default:
                 value = cfg[group][item.name]
                 _refuse(cfg, f"{group}.{item.name}", f"does not change the choice: type {group}={value}")
-
-
-def _data(cfg: DictConfig) -> None:
-    data = cfg.data
-    if data.kind in ("text", "tokens") and not data.path:
-        _refuse(cfg, "data.path", "names nothing: type data.path=PATH")
-    if data.kind == "interpreter":
-        if not data.domains:
-            _refuse(cfg, "data.domains", "leaves no text: name one or more of code, docs, legal")
-        if data.shuffled_domain is not None and data.shuffled_domain not in data.domains:
-            _refuse(
-                cfg, "data.shuffled_domain", f"is not in data.domains={typed(data.domains)}: add it there"
-            )
-
-
-def _pairing(cfg: DictConfig) -> None:
-    model, data = cfg.model, cfg.data
-    if (data.kind in LANGUAGE_DATA) != (model.kind == "gpt2"):
-        right = "model=gpt2" if data.kind in LANGUAGE_DATA else "model=mlp, or model=cnn data.as_image=true"
-        other = "data=interpreter" if model.kind == "gpt2" else "data=digits"
-        raise ConfigError(f"model={model.kind} cannot read data={data.kind}: type {right}, or {other}")
-    if model.kind == "cnn" and not data.as_image:
-        _refuse(cfg, "data.as_image", "gives flat samples to model=cnn: type data.as_image=true")
-    if model.kind == "mlp" and data.as_image:
-        _refuse(
-            cfg,
-            "data.as_image",
-            "gives images to model=mlp: type data.as_image=false, or model=cnn",
-        )
-    if model.kind == "gpt2" and data.seq_len > model.config.n_positions:
-        longest = model.config.n_positions
-        _refuse(
-            cfg,
-            "data.seq_len",
-            f"is more than model.config.n_positions={longest}: type that or less",
-        )
 
 
 def _graddotprod(cfg: DictConfig) -> None:
@@ -209,17 +167,20 @@ def _graddotprod(cfg: DictConfig) -> None:
             "engine.algebra",
             "changes rounding, which engine.bitwise=true forbids: type engine.algebra=auto",
         )
+    if engine.pairwise and engine.val_sets != "one":
+        _refuse(cfg, "engine.val_sets", "has no columns with engine.pairwise=true: type engine.val_sets=one")
     if engine.val_batch_size > cfg.data.val_samples:
         most = cfg.data.val_samples
         _refuse(cfg, "engine.val_batch_size", f"is more than data.val_samples={most}: type {most} or less")
 
 
 def _regular(cfg: DictConfig) -> None:
-    if list(cfg.layers.include) != ["*"] or cfg.layers.exclude or cfg.layers.families:
+    layers = cfg.layers
+    if list(layers.include) != ["*"] or layers.exclude or layers.families or layers.blocks:
         raise ConfigError(
-            f"layers.families={typed(cfg.layers.families)} (include={typed(cfg.layers.include)}, "
-            f"exclude={typed(cfg.layers.exclude)}) has no effect with engine=regular, which scores nothing: "
-            "type layers=all, or engine=graddotprod"
+            f"layers.families={typed(layers.families)} (include={typed(layers.include)}, "
+            f"exclude={typed(layers.exclude)}, blocks={typed(layers.blocks)}) has no effect with "
+            "engine=regular, which scores nothing: type layers=all, or engine=graddotprod"
         )
     if cfg.preview:
         _refuse(cfg, "preview", "has no effect with engine=regular, which values nothing: type preview=false")
@@ -235,8 +196,17 @@ def _layers(cfg: DictConfig) -> None:
 
 def _dtype(cfg: DictConfig) -> None:
     dtype = cfg.dtype
-    if dtype.score == "bfloat16":
+    if dtype.model == "float16":
+        _refuse(
+            cfg,
+            "dtype.model",
+            "cannot be trained, since gradients underflow in it and a gradient scaler refuses them: type "
+            "dtype=fp16_mixed, or dtype=bf16",
+        )
+    if dtype.score in ("bfloat16", "float16"):
         _refuse(cfg, "dtype.score", "would drop most of a score's digits: type dtype.score=float32")
+    if dtype.storage == "float16":
+        _refuse(cfg, "dtype.storage", "would make scores below 6e-8 zero: type dtype.storage=bfloat16")
     if dtype.model == "float64" and dtype.score != "float64":
         _refuse(
             cfg, "dtype.score", "drops digits that dtype.model=float64 pays for: type dtype.score=float64"
@@ -245,7 +215,7 @@ def _dtype(cfg: DictConfig) -> None:
         _refuse(cfg, "dtype.storage", f"has more digits than dtype.score={dtype.score}: type that or less")
     if dtype.autocast is None:
         return
-    if dtype.autocast != "bfloat16":
+    if dtype.autocast not in ("bfloat16", "float16"):
         _refuse(cfg, "dtype.autocast", "is not a reduced precision: type dtype.autocast=bfloat16, or null")
     if dtype.model != "float32":
         _refuse(
@@ -297,11 +267,29 @@ def _eval_only(cfg: DictConfig) -> None:
         "engine.bitwise": False,
         "layers.exclude": [],
         "layers.families": [],
+        "layers.blocks": [],
+        "engine.pairwise": False,
+        "engine.strict": False,
+        "engine.val_sets": "one",
+        "engine.resolution": "total",
     }
     for key, neutral in idle.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value != neutral:
             _refuse(cfg, key, f"has no effect with trainer.eval_only=true: type {key}={typed(neutral)}")
+
+
+def _verify(cfg: DictConfig) -> None:
+    """Checking scores needs an engine that gives some, and a run that does nothing else."""
+    if not cfg.verify:
+        return
+    if cfg.engine.name != "graddotprod":
+        raise ConfigError(
+            f"verify=true has no scores to check with engine={cfg.engine.name}: type engine=graddotprod"
+        )
+    for key in ("trainer.eval_only", "dry_run", "preview"):
+        if OmegaConf.select(cfg, key):
+            _refuse(cfg, key, f"does not go with verify=true, which only checks scores: type {key}=false")
 
 
 def _tracking(cfg: DictConfig) -> None:

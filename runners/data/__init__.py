@@ -6,7 +6,10 @@ from omegaconf import DictConfig
 
 from runners.data.base import DataBundle
 from runners.data.digits import build_digits
+from runners.data.hf import build_hf
 from runners.data.interpreter import build_interpreter
+from runners.data.questions import build_questions
+from runners.data.table import build_table
 from runners.data.text import build_text
 from runners.data.tokens import build_tokens
 from runners.errors import ConfigError
@@ -15,7 +18,10 @@ SOURCES: dict[str, Callable[[DictConfig, int], DataBundle]] = {
     "interpreter": build_interpreter,
     "text": build_text,
     "tokens": build_tokens,
+    "hf": build_hf,
     "digits": build_digits,
+    "digit_questions": build_questions,
+    "table": build_table,
 }
 
 

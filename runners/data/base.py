@@ -1,17 +1,24 @@
 """What a data source gives the training loop: samples with stable ids, and batches with their indices."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from ghost.batch import Items
+from runners.choices import TaskName
 from runners.errors import ConfigError
 
-Inputs = torch.Tensor | dict[str, torch.Tensor]
-Item = tuple[Inputs, torch.Tensor, int]
+Inputs = torch.Tensor | dict[str, torch.Tensor | Items]
+SampleInputs = torch.Tensor | dict[str, torch.Tensor]
+Item = tuple[SampleInputs, torch.Tensor, int]
+
+# Causal models never let a counted token see the padding after it, and elsewhere an attention mask hides it,
+# so any id of the vocabulary serves.
+PADDING_ID = 0
 
 
 @dataclass(frozen=True)
@@ -19,12 +26,32 @@ class Batch:
     """One training or validation micro-batch, on CPU."""
 
     inputs: Inputs
-    """Language: `input_ids` `[b, T]` int64, and `attention_mask` `[b, T]` int64 only if a row is shorter than
-    T. Tables and images: one float32 tensor `[b, ...]`."""
+    """Token ids: `input_ids` `[b, T]` int64 and `attention_mask` `[b, T]` int64 (language: only if a row is
+    shorter than T). Images beside text: `pixel_values`, Items of `[images, 3, H, W]` float32. Tables and
+    images alone: one float32 tensor `[b, ...]`."""
     labels: torch.Tensor
-    """Language: `[b, T]` int64, -100 where not counted, not shifted. Classes: `[b]` int64."""
+    """Tokens: `[b, T]` int64, -100 where not counted, not shifted. Classes: `[b]` int64."""
     index: torch.Tensor
     """`[b]` int64: the samples' running indices, the `index` column of samples.parquet."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples of different sizes become one batch."""
+
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """By input key, the width to which rows of integers are padded on the right."""
+    label_width: int | None = None
+    """The width to which labels are padded; None: a label is one number."""
+    items: frozenset[str] = frozenset()
+    """Input keys of which a sample has any number of values, `[k, ...]`."""
+    padding_id: int = PADDING_ID
+    """What stands in `input_ids` after a row's end."""
+
+
+def token_rows(seq_len: int) -> Layout:
+    """The layout of language samples: as many labels as token ids."""
+    return Layout({"input_ids": seq_len}, seq_len)
 
 
 class SampleSet(Dataset[Item], ABC):
@@ -33,8 +60,7 @@ class SampleSet(Dataset[Item], ABC):
     sample_ids: Sequence[str]
     domains: Sequence[str]
     offset: int
-    seq_len: int | None = None
-    """The width to which short rows of token ids are padded; None for tables and images."""
+    layout: Layout = Layout()
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -52,12 +78,13 @@ class SampleSet(Dataset[Item], ABC):
 class DataBundle:
     train: SampleSet
     val: SampleSet
+    task: TaskName
     vocab_size: int | None
-    """Language only."""
+    """Token ids only."""
     input_shape: tuple[int, ...] | None
-    """Tables and images only: the shape of one input, without the batch dimension."""
+    """Tables and images only: the shape of one row of a table, or of one image."""
     num_classes: int | None
-    """Tables and images only."""
+    """Classes only."""
     fingerprint: str
     """SHA-256 (hex) over the samples' ids and content."""
     description: str

@@ -8,18 +8,21 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
+from runners.choices import TaskName
 from runners.data.base import DataBundle, Item, SampleSet, require_at_least
-from runners.data.selection import VAL_SEED, in_stable_order
+from runners.data.images import resized
+from runners.data.selection import choose_rows
 from runners.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 CLASSES = 10
+SIDE = 8  # pixels
 BRIGHTEST = 16.0
 
 
 class DigitSet(SampleSet):
-    """Images as float32 in [0, 1], `[64]` or `[1, 8, 8]`, and their classes."""
+    """Images as float32 in [0, 1], flat or with channels, and their classes."""
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class DigitSet(SampleSet):
         rows: NDArray[np.int64],
         offset: int,
     ) -> None:
-        """`images` `[n, 64]` or `[n, 1, 8, 8]`; `classes` (true), `labels` (trained on) and `rows` `[n]`."""
+        """`images` `[n, 64]` or `[n, c, H, W]`; `classes` (true), `labels` (trained on) and `rows` `[n]`."""
         self.images = images
         self.labels = torch.from_numpy(labels)
         self.offset = offset
@@ -58,10 +61,9 @@ def build_digits(cfg: DictConfig, seed: int) -> DataBundle:
     pixels, classes = load_digits(return_X_y=True)
     classes = classes.astype(np.int64)
     _check(cfg, len(classes))
-    order = np.array(in_stable_order((f"digits/{row}" for row in range(len(classes))), VAL_SEED))
-    val_rows, train_rows = np.sort(order[: cfg.val_samples]), np.sort(order[cfg.val_samples :])
-    shape = (1, 8, 8) if cfg.as_image else (64,)
-    images = torch.from_numpy((pixels / BRIGHTEST).astype(np.float32)).reshape(-1, *shape)
+    ids = [f"digits/{row}" for row in range(len(classes))]
+    train_rows, val_rows = choose_rows(ids, None, cfg.val_samples, seed)
+    images = digit_images(pixels, cfg.channels, cfg.image_size) if cfg.as_image else flat_digits(pixels)
     labels = noisy_labels(classes[train_rows], cfg.label_noise, seed)
     train = DigitSet(images[train_rows], classes[train_rows], labels, train_rows, 0)
     val = DigitSet(images[val_rows], classes[val_rows], classes[val_rows], val_rows, len(train))
@@ -69,14 +71,32 @@ def build_digits(cfg: DictConfig, seed: int) -> DataBundle:
     return DataBundle(
         train=train,
         val=val,
+        task=TaskName.image_classes if cfg.as_image else TaskName.table_classes,
         vocab_size=None,
-        input_shape=shape,
+        input_shape=digit_shape(cfg),
         num_classes=CLASSES,
         fingerprint=_fingerprint([train, val]),
         description=(
-            f"scikit-learn's digits {list(shape)}: {len(train)} training and {len(val)} validation images"
+            f"scikit-learn's digits {list(images.shape[1:])}: {len(train)} training and {len(val)} "
+            "validation images"
         ),
     )
+
+
+def digit_shape(cfg: DictConfig) -> tuple[int, ...]:
+    """The shape of one input, as the config's `data` node says it."""
+    return (cfg.channels, cfg.image_size, cfg.image_size) if cfg.as_image else (SIDE * SIDE,)
+
+
+def flat_digits(pixels: NDArray[np.float64]) -> torch.Tensor:
+    """scikit-learn's grey values `[n, 64]` from 0 to 16, as float32 in [0, 1]."""
+    return torch.from_numpy((pixels / BRIGHTEST).astype(np.float32))
+
+
+def digit_images(pixels: NDArray[np.float64], channels: int, size: int) -> torch.Tensor:
+    """Grey values `[n, 64]` as images `[n, channels, size, size]`, interpolated; all channels are alike."""
+    images = resized(flat_digits(pixels).reshape(-1, 1, SIDE, SIDE), size)
+    return images.expand(-1, channels, -1, -1).contiguous()
 
 
 def noisy_labels(classes: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from runners.data.base import DataBundle, require_at_least
 from runners.data.corpus import code_documents, docs_documents, legal_documents, origin
 from runners.data.selection import VAL_FRACTION, VAL_SEED, WindowKey, draw, stable_unit
-from runners.data.windows import SHORTEST_WINDOW, Corpus, Document, Window, WindowSet, fingerprint
+from runners.data.windows import SHORTEST_WINDOW, Corpus, Document, Window, window_bundle
 from runners.errors import ConfigError, DataError
 from runners.tokenizer import load_tokenizer
 
@@ -56,18 +56,7 @@ def build_interpreter(cfg: DictConfig, seed: int) -> DataBundle:
         sum(corpus.dropped_ends for corpus in corpora),
     )
     names = ", ".join(dict.fromkeys(window.domain for window in train))
-    return DataBundle(
-        train=WindowSet(train, 0, cfg.seq_len, tokenizer),
-        val=WindowSet(val, len(train), cfg.seq_len, tokenizer),
-        vocab_size=len(tokenizer),
-        input_shape=None,
-        num_classes=None,
-        fingerprint=fingerprint(train + val),
-        description=(
-            f"interpreter corpus ({names}): {len(train)} training and {len(val)} validation windows of "
-            f"{cfg.seq_len} tokens"
-        ),
-    )
+    return window_bundle(train, val, cfg, tokenizer, f"interpreter corpus ({names})")
 
 
 def shuffled(window: Window, seed: int) -> Window:

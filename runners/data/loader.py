@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from runners.data.base import Batch, DataBundle, Item, SampleSet
+from ghost.batch import Items
+from runners.data.base import Batch, DataBundle, Inputs, Item, Layout, SampleInputs, SampleSet
 from runners.errors import ConfigError
 
 IGNORED_LABEL = -100
-# Causal models never let a counted token see the padding after it, so any id of the vocabulary serves.
-PADDING_ID = 0
 
 ROWS_PER_WRITE = 65_536
 
@@ -49,7 +48,7 @@ def train_batches(
             train,
             batch_sampler=sampler,
             num_workers=num_workers,
-            collate_fn=partial(collate, seq_len=train.seq_len),
+            collate_fn=partial(collate, layout=train.layout),
             # Of its own, so that starting a stream leaves the global random state alone.
             generator=torch.Generator(),
         )
@@ -58,7 +57,15 @@ def train_batches(
 
 def val_batch(val: SampleSet) -> Batch:
     """All validation rows as one batch, domains taking turns: any few rows in a row speak for all of them."""
-    return collate([val[i] for i in taking_turns(val.domains)], val.seq_len)
+    return collate([val[i] for i in taking_turns(val.domains)], val.layout)
+
+
+def val_batches_by_domain(val: SampleSet) -> dict[str, Batch]:
+    """All validation rows of each domain as one batch, by domain name."""
+    positions: dict[str, list[int]] = {}
+    for i, domain in enumerate(val.domains):
+        positions.setdefault(domain, []).append(i)
+    return {domain: collate([val[i] for i in positions[domain]], val.layout) for domain in sorted(positions)}
 
 
 def taking_turns(domains: Sequence[str]) -> list[int]:
@@ -75,7 +82,7 @@ def eval_batches(samples: SampleSet, batch_size: int) -> Iterator[Batch]:
     """All rows once, in order; the last batch may be short."""
     for start in range(0, len(samples), batch_size):
         rows = range(start, min(start + batch_size, len(samples)))
-        yield collate([samples[i] for i in rows], samples.seq_len)
+        yield collate([samples[i] for i in rows], samples.layout)
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -105,24 +112,42 @@ class EpochBatches(Sampler[list[int]]):
         return np.random.default_rng([self.seed, epoch]).permutation(self.size).tolist()
 
 
-def collate(items: Sequence[Item], seq_len: int | None) -> Batch:
-    """Items as one batch; with `seq_len` they are rows of token ids, padded on the right to that width.
+def collate(items: Sequence[Item], layout: Layout) -> Batch:
+    """Items as one batch: rows are padded on the right to the layout's widths, with labels -100.
 
-    The batch has an `attention_mask` only if a row was shorter; labels of padding are -100.
+    Where the samples bring no `attention_mask` of their own, the batch has one only if a row was shorter.
     """
     inputs, labels, numbers = zip(*items, strict=True)
-    index = torch.tensor(numbers, dtype=torch.int64)  # [b]
-    if seq_len is None:
-        return Batch(torch.stack(inputs), torch.stack(labels), index)
-    rows = [row["input_ids"] for row in inputs]
-    padded = {"input_ids": _padded(rows, seq_len, PADDING_ID)}
-    if any(len(row) < seq_len for row in rows):
-        padded["attention_mask"] = _padded([torch.ones_like(row) for row in rows], seq_len, 0)
-    return Batch(padded, _padded(labels, seq_len, IGNORED_LABEL), index)
+    if layout.label_width is None:
+        joined = torch.stack(labels)  # [b]
+    else:
+        joined = _padded(labels, layout.label_width, IGNORED_LABEL)  # [b, T]
+    return Batch(_joined_inputs(inputs, layout), joined, torch.tensor(numbers, dtype=torch.int64))
 
 
-def _padded(rows: Sequence[torch.Tensor], seq_len: int, value: int) -> torch.Tensor:
-    padded = torch.full((len(rows), seq_len), value, dtype=torch.int64)  # [b, T]
+def _joined_inputs(inputs: Sequence[SampleInputs], layout: Layout) -> Inputs:
+    tensors = [sample for sample in inputs if isinstance(sample, torch.Tensor)]
+    if tensors:
+        return torch.stack(tensors)
+    samples = [sample for sample in inputs if isinstance(sample, dict)]
+    batch = {key: _column(key, [sample[key] for sample in samples], layout) for key in samples[0]}
+    rows = [sample["input_ids"] for sample in samples]
+    width = layout.widths["input_ids"]
+    if "attention_mask" not in batch and any(len(row) < width for row in rows):
+        batch["attention_mask"] = _padded([torch.ones_like(row) for row in rows], width, 0)
+    return batch
+
+
+def _column(key: str, values: list[torch.Tensor], layout: Layout) -> torch.Tensor | Items:
+    """One input of all samples."""
+    if key in layout.items:
+        counts = torch.tensor([len(value) for value in values])
+        return Items(torch.cat(values), torch.repeat_interleave(torch.arange(len(values)), counts))
+    return _padded(values, layout.widths[key], layout.padding_id if key == "input_ids" else 0)
+
+
+def _padded(rows: Sequence[torch.Tensor], width: int, value: int) -> torch.Tensor:
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)  # [b, T]
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded

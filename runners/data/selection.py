@@ -140,3 +140,36 @@ def _all_windows(count: Callable[[int], int], among: list[int]) -> NDArray[np.in
     firsts = np.cumsum(counts) - counts
     windows = np.arange(counts.sum()) - np.repeat(firsts, counts)
     return np.stack([np.repeat(among, counts), windows], axis=1)
+
+
+def choose_rows(
+    ids: Sequence[str],
+    train_samples: int | None,
+    val_samples: int,
+    seed: int,
+    held: Sequence[int] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and validation rows, each `[n]` int64 ascending, where every row is a sample.
+
+    Validation depends on the ids alone: `val_samples` of the rows in `held` where the source marks them, else
+    of all. Training gets all others that are not marked, or `train_samples` of them picked by the seed.
+
+    Raises DataError if there are too few rows.
+    """
+    candidates = list(range(len(ids))) if held is None else list(held)
+    order = in_stable_order((ids[i] for i in candidates), VAL_SEED)
+    val = [candidates[k] for k in order[:val_samples]]
+    if len(val) < val_samples:
+        raise DataError(f"data.val_samples={val_samples} exceeds the {len(val)} rows there are; lower it.")
+    if held is not None and len(held) > len(val):
+        log.info("%d of the %d rows marked for validation are used.", len(val), len(held))
+    taken = set(val) if held is None else set(held)
+    rest = [i for i in range(len(ids)) if i not in taken]
+    wanted = len(rest) if train_samples is None else train_samples
+    if not rest or wanted > len(rest):
+        raise DataError(
+            f"data.train_samples={train_samples} and data.val_samples={val_samples} exceed the data: "
+            f"{len(rest)} rows are left to train on; lower one of them."
+        )
+    train = [rest[k] for k in in_stable_order((ids[i] for i in rest), seed)[:wanted]]
+    return np.sort(np.array(train, dtype=np.int64)), np.sort(np.array(val, dtype=np.int64))

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from runners.data.base import DataBundle, require_at_least
 from runners.data.records import fields_of, find_files, read_records
 from runners.data.selection import choose
-from runners.data.windows import SHORTEST_WINDOW, Corpus, Document, WindowSet, fingerprint
+from runners.data.windows import SHORTEST_WINDOW, Corpus, Document, window_bundle
 from runners.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -44,15 +44,4 @@ def build_text(cfg: DictConfig, seed: int) -> DataBundle:
         corpus.tokenised,
         corpus.dropped_ends,
     )
-    return DataBundle(
-        train=WindowSet(train, 0, cfg.seq_len, tokenizer),
-        val=WindowSet(val, len(train), cfg.seq_len, tokenizer),
-        vocab_size=len(tokenizer),
-        input_shape=None,
-        num_classes=None,
-        fingerprint=fingerprint(train + val),
-        description=(
-            f"text in {cfg.path}: {len(train)} training and {len(val)} validation windows of up to "
-            f"{cfg.seq_len} tokens"
-        ),
-    )
+    return window_bundle(train, val, cfg, tokenizer, f"text in {cfg.path}")

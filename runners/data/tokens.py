@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from runners.data.base import DataBundle, Item, SampleSet, one_line, require_at_least
+from runners.choices import TaskName
+from runners.data.base import DataBundle, Item, SampleSet, one_line, require_at_least, token_rows
 from runners.data.selection import choose
+from runners.data.tasks import text_bundle
 from runners.data.tokenfiles import DTYPES, META, DomainTokens, LazyStrings, Meta, TokenFile, open_prepared
 from runners.data.windows import SHORTEST_WINDOW
 from runners.errors import ConfigError, DataError
@@ -57,17 +59,14 @@ def build_tokens(cfg: DictConfig, seed: int) -> DataBundle:
         sum(domain.file.tokens for domain in store.domains),
         store.dropped_ends,
     )
-    return DataBundle(
-        train=train,
-        val=val,
-        vocab_size=vocab_size,
-        input_shape=None,
-        num_classes=None,
-        fingerprint=_fingerprint(store, [train, val]),
-        description=(
-            f"token files in {folder}: {len(train)} training and {len(val)} validation windows of up to "
-            f"{cfg.seq_len} tokens"
-        ),
+    return text_bundle(
+        train,
+        val,
+        TaskName(cfg.task),
+        vocab_size,
+        _fingerprint(store, [train, val]),
+        f"token files in {folder}: {len(train)} training and {len(val)} validation windows of up to "
+        f"{cfg.seq_len} tokens",
     )
 
 
@@ -138,7 +137,7 @@ class TokenSet(SampleSet):
         self.store = store
         self.keys = keys
         self.offset = offset
-        self.seq_len = store.seq_len
+        self.layout = token_rows(store.seq_len)
         self.sample_ids = SampleIds(store, keys)
         self.domains = SampleDomains(store, keys)
         self._tokenizer = tokenizer

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from runners.data.base import Item, SampleSet, one_line
+from runners.choices import TaskName
+from runners.data.base import DataBundle, Item, SampleSet, one_line, token_rows
+from runners.data.tasks import text_bundle
 from runners.tokenizer import decode, encode
 
 # A causal model predicts each token from those before it, so a row of one token has nothing to score.
@@ -95,7 +98,7 @@ class WindowSet(SampleSet):
     ) -> None:
         self.windows = windows
         self.offset = offset
-        self.seq_len = seq_len
+        self.layout = token_rows(seq_len)
         self.sample_ids = [window.sample_id for window in windows]
         self.domains = [window.domain for window in windows]
         self._tokenizer = tokenizer
@@ -106,3 +109,17 @@ class WindowSet(SampleSet):
 
     def preview(self, i: int, width: int = 80) -> str:
         return one_line(decode(self._tokenizer, self.windows[i].tokens), width)
+
+
+def window_bundle(
+    train: list[Window], val: list[Window], cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, source: str
+) -> DataBundle:
+    """Windows of at most `data.seq_len` tokens as samples for `data.task`; `source` names them in the log."""
+    return text_bundle(
+        WindowSet(train, 0, cfg.seq_len, tokenizer),
+        WindowSet(val, len(train), cfg.seq_len, tokenizer),
+        TaskName(cfg.task),
+        len(tokenizer),
+        fingerprint(train + val),
+        f"{source}: {len(train)} training and {len(val)} validation windows of up to {cfg.seq_len} tokens",
+    )

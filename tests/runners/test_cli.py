@@ -208,12 +208,21 @@ def test_shipped_json_and_yaml_say_the_same(line: Line, capsys: pytest.CaptureFi
 def test_help_lists_groups_and_keys_with_values(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
     assert line("--help", "model=mlp", "data=digits") == 0
     out = capsys.readouterr().out
-    assert "model: cnn, gpt2, gpt2-large" in out
+    assert "model: bert-base, bert-tiny, cnn, gpt2, gpt2-large" in out
     assert "schema_" not in out
     assert "model.hidden=[256,256]" in out
     assert "(concat | separate)" in out
     (steps,) = [row for row in out.splitlines() if row.startswith("  trainer.max_steps=24 ")]
     assert steps.endswith("optimizer steps of the run")
+
+
+def test_help_lists_the_keys_of_a_hugging_face_model(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line("--help", "model=llava-tiny", "model.config.projector_hidden_act=relu") == 0
+    rows = [row.strip() for row in capsys.readouterr().out.splitlines()]
+    assert "model.config.vision_config.patch_size=8" in rows
+    assert "model.config.text_config.vocab_size=null" in rows
+    assert "model.config.projector_hidden_act=relu" in rows
+    assert rows[rows.index("model.config.image_token_index=50257") - 3].startswith("model.config.KEY=VALUE  ")
 
 
 def test_cfg_job_resolves(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,12 +273,12 @@ def test_dry_run_shows_parameters_memory_and_directory(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_activation_estimate_matches_what_autograd_keeps(attention: str) -> None:
-    from runners.dryrun import build_on_meta, estimate_memory
-    from runners.models import build_model
+    from runners.dryrun import data_facts, estimate_memory
+    from runners.models import build_model, build_on_meta
 
     cfg = composed(
         "model=gpt2-tiny", "engine=regular", "data.seq_len=64", "trainer.batch_size=2",
-        f"model.config.attn_implementation={attention}",
+        f"model.attn_implementation={attention}",
     )  # fmt: skip
     model = build_model(cfg.model, vocab_size=50257, input_shape=None, num_classes=None).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -284,7 +293,8 @@ def test_activation_estimate_matches_what_autograd_keeps(attention: str) -> None
     ids = torch.zeros(2, 64, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids).loss
-    estimate = estimate_memory(cfg, build_on_meta(cfg))
+    facts = data_facts(cfg)
+    estimate = estimate_memory(cfg, build_on_meta(cfg.model, facts), facts)
     assert loss.requires_grad
     # Of the three copies of the logits, autograd keeps one: the log-probabilities.
     assert sum(kept.values()) == pytest.approx(estimate.activations + estimate.logits / 3, rel=0.01)
@@ -295,10 +305,12 @@ def test_activation_estimate_matches_what_autograd_keeps(attention: str) -> None
     [(["optimizer=adamw"], 2), (["optimizer=sgd"], 0), (["optimizer=sgd", "optimizer.momentum=0.9"], 1)],
 )
 def test_memory_of_weights_and_optimizer(overrides: list[str], copies: int) -> None:
-    from runners.dryrun import build_on_meta, estimate_memory
+    from runners.dryrun import data_facts, estimate_memory
+    from runners.models import build_on_meta
 
     cfg = composed("model=mlp", "data=digits", "engine.val_mode=separate", *overrides)
     parameters = 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
-    estimate = estimate_memory(cfg, build_on_meta(cfg))
+    facts = data_facts(cfg)
+    estimate = estimate_memory(cfg, build_on_meta(cfg.model, facts), facts)
     assert estimate.weights == estimate.gradients == estimate.scoring == 4 * parameters
     assert estimate.optimizer == copies * 4 * parameters

@@ -10,19 +10,29 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from runners.config import GROUPS, SCHEMAS, GPT2Architecture
+from runners.config import GROUPS, SCHEMAS
 from runners.errors import ConfigError
+from runners.tasks import DATA, model_task
 from runners.validate import check
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+LLAVA_DATA = ["data=digit_questions", "data.image_size=336", "data.patch_size=14"]
+LLAVA_DATA += ["data.image_token_id=32000"]
 
 # What a choice needs beside it to be a whole run.
 COMPANIONS = {
     "model=mlp": ["data=digits"],
     "model=cnn": ["data=digits", "data.as_image=true"],
+    "model=hf": ["model.architecture=llama"],
+    "model=llava-7b": LLAVA_DATA,
+    "model=llava-13b": LLAVA_DATA,
     "data=digits": ["model=mlp"],
     "data=text": ["data.path=corpus.txt"],
     "data=tokens": ["data.path=tokens"],
+    "data=hf": ["data.path=corpus.csv"],
+    "data=table": ["model=mlp"],
+    "data=digit_questions": ["model=llava-tiny"],
 }
 
 
@@ -55,12 +65,20 @@ def choices() -> list[str]:
     return sorted(f"{group}={file.stem}" for group in GROUPS for file in (CONF / group).glob("*.yaml"))
 
 
+def companions(choice: str) -> list[str]:
+    if choice in COMPANIONS or not choice.startswith("model="):
+        return COMPANIONS.get(choice, [])
+    return DATA[model_task(composed(choice).model)].split()
+
+
 @pytest.mark.parametrize("choice", choices())
 def test_every_choice_composes_and_passes(choice: str) -> None:
-    cfg = composed(choice, *COMPANIONS.get(choice, []))
+    cfg = composed(choice, *companions(choice))
     check(cfg)
     group, name = choice.split("=")
-    if group in ("model", "data", "engine", "optimizer"):
+    if group == "model":
+        assert cfg.model.name == (name if name != "hf" else "llama")
+    elif group in ("data", "engine", "optimizer"):
         kind = cfg[group].get("kind") or cfg[group].name
         assert kind == name.partition("-")[0]
 
@@ -73,7 +91,7 @@ def test_every_group_has_a_folder_and_every_folder_is_a_group() -> None:
 
 def test_defaults_are_the_main_job() -> None:
     cfg = composed()
-    assert (cfg.model.kind, cfg.data.kind, cfg.engine.name) == ("gpt2", "interpreter", "graddotprod")
+    assert (cfg.model.kind, cfg.data.kind, cfg.engine.name) == ("hf", "interpreter", "graddotprod")
     assert cfg.trainer.max_steps == 24
     assert cfg.model.config.n_embd == 768
 
@@ -122,7 +140,7 @@ def test_every_key_is_read_somewhere() -> None:
                     read.add(node.attr)
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     read.add(node.value)
-    keys = {item.name for schema in (*SCHEMAS.values(), GPT2Architecture) for item in fields(schema)}
+    keys = {item.name for schema in SCHEMAS.values() for item in fields(schema)}
     assert len(keys) > 60
     assert keys - read == set()
 
@@ -131,23 +149,35 @@ REFUSED = {
     "output_dir=/elsewhere": ["output_dir=/elsewhere", "type hydra.run.dir=PATH"],
     "dtype=fp64 dtype.score=float32": ["dtype.score=float32", "type dtype.score=float64"],
     "dtype.storage=float64": ["dtype.storage=float64", "dtype.score=float32"],
-    "model.path=somewhere data.seq_len=2048": ["data.seq_len=2048", "model.config.n_positions=1024"],
     "data=text": ["data.path has no value", "data.path=VALUE"],
     "data=text data.path=''": ["data.path= names nothing"],
     "seed=${nowhere}": ["seed: Interpolation key 'nowhere' not found"],
     "model.kind=mlp": ["model.kind=mlp", "type model=mlp"],
     "engine.name=regular": ["engine.name=regular", "type engine=regular"],
-    "data=digits": ["model=gpt2 cannot read data=digits", "model=mlp"],
-    "model=mlp": ["model=mlp cannot read data=interpreter", "model=gpt2"],
-    "model=cnn data=digits": ["data.as_image=false", "type data.as_image=true"],
-    "model=mlp data=digits data.as_image=true": ["data.as_image=true", "model=cnn"],
+    "data=digits": ["model=gpt2 learns from language samples", "gives table_classes", "model=mlp"],
+    "model=mlp": ["model=mlp learns from table_classes", "model=gpt2"],
+    "model=cnn data=digits": ["model=cnn learns from image_classes", "data=digits data.as_image=true"],
+    "model=mlp data=digits data.as_image=true": ["data=digits gives image_classes", "data.as_image=false"],
     "model=mlp data=digits data.label_noise=1.0": ["data.label_noise=1.0", "less than 1"],
     "model=mlp data=digits model.hidden=[]": ["model.hidden=[]", "[32,64]"],
     "data.seq_len=2048": ["data.seq_len=2048", "model.config.n_positions=1024"],
     "data.domains=[]": ["data.domains=[]", "code, docs, legal"],
     "data.shuffled_domain=docs data.domains=[code]": ["data.shuffled_domain=docs", "data.domains=[code]"],
+    "data.task=image_classes": ["data.task=image_classes", "language, seq2seq, text_classes"],
+    "data.task=text_classes data.shuffled_domain=docs": ["data.shuffled_domain=docs", "type null"],
+    "data=hf": ["data.name=null", "data.path=null", "give one"],
+    "data=hf data.name=a/b data.path=c": ["data.name=a/b", "data.path=c", "give one"],
+    "data=hf data.path=c data.subset=d": ["data.subset=d", "type data.subset=null"],
+    "data=hf data.path=c data.split='train[:9]'": ["data.split=", "data.train_samples"],
+    "data=hf data.path=c data.val_split=train": ["data.val_split=train", "type null"],
+    "data=hf data.path=c data.mean=[0.5]": ["data.mean=[0.5]", "data.task=language", "type data.mean=null"],
+    "data=hf data.path=c data.channels=2": ["data.channels=2", "1 (grey)"],
+    "model=mlp data=digits data.image_size=32": ["data.image_size=32", "type data.as_image=true"],
+    "model=mlp data=table data.path=''": ["data.path= names nothing"],
+    "data=digit_questions data.image_size=30": ["data.image_size=30", "data.patch_size=8"],
     "model.config.n_embd=100": ["model.config.n_embd=100", "model.config.n_head=12"],
     "model.config.attn_pdrop=1.5": ["model.config.attn_pdrop=1.5"],
+    "model.config.n_layr=3": ["model.config.n_layr is no key of GPT2Config", "model.config.n_layer?"],
     "engine.bitwise=true": ["engine.bitwise=true", "engine.val_mode=separate"],
     "engine.val_every=2": ["engine.val_every=2", "engine.val_mode=separate"],
     "engine.val_mode=separate engine.bitwise=true engine.algebra=fused": ["engine.algebra=fused", "=auto"],
@@ -160,6 +190,20 @@ REFUSED = {
     "dtype=fp64 dtype.autocast=bfloat16": ["dtype.model=float64", "dtype.autocast=null"],
     "dtype.autocast=float64": ["dtype.autocast=float64", "dtype.autocast=bfloat16"],
     "dtype.score=bfloat16": ["dtype.score=bfloat16", "dtype.score=float32"],
+    "dtype.score=float16": ["dtype.score=float16", "dtype.score=float32"],
+    "dtype.model=float16": ["dtype.model=float16", "underflow", "type dtype=fp16_mixed", "dtype=bf16"],
+    "dtype.storage=float16": ["dtype.storage=float16", "below 6e-8", "type dtype.storage=bfloat16"],
+    "dtype=fp16_mixed dtype.model=bfloat16": ["dtype.model=bfloat16", "dtype.autocast=null"],
+    "dtype=fp16_mixed dtype.model=float64 dtype.score=float64": ["dtype.model=float64", "autocast"],
+    "dtype=bf16 dtype.autocast=float16": ["dtype.model=bfloat16", "dtype.autocast=null"],
+    "verify=true engine=regular": ["verify=true", "engine=regular", "type engine=graddotprod"],
+    "verify=true trainer.eval_only=true": [
+        "trainer.eval_only=true",
+        "verify=true",
+        "trainer.eval_only=false",
+    ],
+    "verify=true dry_run=true": ["dry_run=true", "verify=true", "type dry_run=false"],
+    "verify=true preview=true": ["preview=true", "verify=true", "type preview=false"],
     "optimizer.lr=0": ["optimizer.lr=0.0", "greater than 0"],
     "optimizer.lr=nan": ["optimizer.lr=nan"],
     "optimizer.betas=[0.9]": ["optimizer.betas=[0.9]", "[0.9,0.999]"],
@@ -194,12 +238,15 @@ def test_an_added_key_is_refused() -> None:
 
 
 ALLOWED = [
+    "verify=true dtype=fp16_mixed engine.strict=true",
+    "dtype.storage=bfloat16",
     "trainer.eval_only=true",
     "trainer.eval_only=true engine=regular",
     "engine.val_mode=separate engine.val_every=4 engine.bitwise=true",
     "trainer.lr_schedule=constant trainer.warmup_steps=4",
     "optimizer=sgd optimizer.momentum=0.9 optimizer.nesterov=true",
-    "model.path=somewhere model.config.n_positions=2048 data.seq_len=2048",
+    "model.config.n_positions=2048 data.seq_len=2048",
+    "model.path=somewhere data.seq_len=2048",
     "data=text data.path=x trainer.batch_size=513",
     "engine.val_batch_size=30",
 ]

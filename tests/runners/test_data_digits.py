@@ -5,12 +5,14 @@ from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
 from runners.data import build_data
+from runners.data.images import resized
 from runners.data.loader import val_batch
 from runners.errors import ConfigError
 
 
 def build(seed=0, **changes):
-    cfg = {"kind": "digits", "val_samples": 297, "as_image": False, "label_noise": 0.0, **changes}
+    cfg = {"kind": "digits", "val_samples": 297, "as_image": False, "image_size": 8, "channels": 1}
+    cfg |= {"label_noise": 0.0, **changes}
     return build_data(OmegaConf.create(cfg), seed)
 
 
@@ -75,5 +77,18 @@ def test_impossible_settings_are_refused(changes):
 
 
 def test_an_unknown_source_is_refused():
-    with pytest.raises(ConfigError, match="choose one of interpreter, text, tokens, digits"):
+    with pytest.raises(ConfigError, match="choose one of interpreter, text, tokens, hf, digits"):
         build_data(OmegaConf.create({"kind": "csv"}), 0)
+
+
+def test_images_are_interpolated_and_their_channels_are_alike():
+    small, large = build(as_image=True), build(as_image=True, image_size=32, channels=3)
+    assert large.input_shape == large.train[0][0].shape == (3, 32, 32)
+    assert (small.task, build().task) == ("image_classes", "table_classes")
+    for i in range(0, 1500, 100):
+        image = large.train[i][0]
+        assert torch.equal(image[0], image[1])
+        assert torch.equal(image[0], image[2])
+        torch.testing.assert_close(image[:1], resized(small.train[i][0][None], 32)[0], rtol=0, atol=0)
+    assert large.train.sample_ids == small.train.sample_ids
+    assert large.fingerprint != small.fingerprint

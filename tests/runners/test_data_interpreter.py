@@ -11,6 +11,7 @@ from runners.tokenizer import encode
 
 BASE = {
     "kind": "interpreter",
+    "task": "language",
     "seq_len": 32,
     "train_samples": 31,
     "val_samples": 7,

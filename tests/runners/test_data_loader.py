@@ -4,7 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from runners.data.base import DataBundle, Item, SampleSet
+from runners.choices import TaskName
+from runners.data.base import DataBundle, Item, SampleSet, token_rows
 from runners.data.loader import eval_batches, taking_turns, train_batches, val_batch, write_samples
 from runners.errors import ConfigError
 
@@ -12,7 +13,7 @@ from runners.errors import ConfigError
 class Counting(SampleSet):
     """Row i is `length(i)` tokens, all of them 100 + i, so that a batch's content says which sample it is."""
 
-    seq_len = 6
+    layout = token_rows(6)
 
     def __init__(self, size: int, offset: int = 0, short: frozenset[int] = frozenset()) -> None:
         self.sample_ids = [f"row-{100 + i}" for i in range(size)]
@@ -105,6 +106,7 @@ def bundle():
     return DataBundle(
         train=Counting(3),
         val=Counting(2, offset=3),
+        task=TaskName.language,
         vocab_size=200,
         input_shape=None,
         num_classes=None,

@@ -16,6 +16,7 @@ from runners.tokenizer import encode, load_tokenizer
 
 BASE = {
     "kind": "text",
+    "task": "language",
     "text_field": "text",
     "domain_field": "domain",
     "id_field": "id",

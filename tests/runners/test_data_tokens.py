@@ -21,6 +21,7 @@ TEXT = {
 }
 TOKENS = {
     "kind": "tokens",
+    "task": "language",
     "seq_len": 8,
     "train_samples": None,
     "val_samples": 3,

@@ -61,6 +61,23 @@ def test_an_evaluation_leaves_training_mode_random_state_and_gradients_alone() -
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_an_evaluation_leaves_batch_norm_in_its_mode() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    model[1].eval()
+    statistics = model[1].running_mean.clone()
+    evaluate(model, Rows(), TASK, 3)
+    assert [module.training for module in model] == [True, False, True, True]
+    assert torch.equal(model[1].running_mean, statistics)
+
+
+def test_a_plain_pass_may_leave_parameters_unused() -> None:
+    model, rows = net(), Rows()
+    model.register_parameter("spare", nn.Parameter(torch.zeros(2)))
+    meter = OverheadMeter(config(), model, TASK)
+    meter.compare(Probe(rows.X, rows.Y, 1.0), optimizer_seconds=0.1)
+    assert meter.share is not None
+
+
 def test_probes_are_spread_and_leave_out_the_first_step() -> None:
     assert probe_steps(config()) == {1, 3, 5}
     assert probe_steps(config(max_steps=2)) == set()

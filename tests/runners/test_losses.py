@@ -32,7 +32,7 @@ def padded_rows() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def task(**changes: object) -> Task:
-    cfg = {"model": {"kind": "gpt2"}, "dtype": {"model": "float32", "autocast": None}}
+    cfg = {"model": {"kind": "hf", "architecture": "gpt2"}, "dtype": {"model": "float32", "autocast": None}}
     return build_task(OmegaConf.merge(OmegaConf.create(cfg), changes), CPU)
 
 

@@ -345,10 +345,10 @@ def test_logged_scores_are_those_of_plain_autograd_for_the_logged_samples(run: R
     assert rows["sample"].tolist() != sorted(rows["sample"].tolist())  # shuffled
     for step in range(cfg.trainer.max_steps):
         here = rows["step"] == step
-        batch = collate([data.train[i] for i in rows["sample"][here].tolist()], SEQ_LEN)
+        batch = collate([data.train[i] for i in rows["sample"][here].tolist()], data.train.layout)
         per_step = cfg.engine.val_batch_size
         used = [(step * per_step + k) % 6 for k in range(per_step)] if val_mode == "concat" else range(6)
-        val = collate([data.val[i] for i in used], SEQ_LEN)
+        val = collate([data.val[i] for i in used], data.val.layout)
         expected = reference_scores(
             model, task.mean, (batch.inputs, batch.labels), (val.inputs, val.labels), task.reduction
         )
@@ -479,7 +479,7 @@ def test_images(run: Run, val_mode: str) -> None:
 
 
 @pytest.mark.parametrize("base", [TOKENS, DIGITS], ids=["tokens", "digits"])
-@pytest.mark.parametrize("dtype", ["fp64", "bf16", "bf16_mixed"])
+@pytest.mark.parametrize("dtype", ["fp64", "bf16", "bf16_mixed", "fp16_mixed"])
 def test_number_formats_do_what_they_say(
     run: Run, models: list[nn.Module], dtype: str, base: list[str]
 ) -> None:
@@ -512,7 +512,7 @@ def test_a_saved_model_is_trained_on(run: Run, models: list[nn.Module]) -> None:
 def evaluate_directly(folder: Path, model: nn.Module) -> float:
     cfg = saved_config(folder)
     val = build_data(cfg.data, cfg.seed).val
-    batch = collate([val[i] for i in range(len(val))], SEQ_LEN)
+    batch = collate([val[i] for i in range(len(val))], val.layout)
     with torch.no_grad():
         inputs = take_rows(batch.inputs, slice(None))
         return float(build_task(cfg, torch.device("cpu")).mean(model.eval(), inputs, batch.labels))

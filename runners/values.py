@@ -1,0 +1,62 @@
+"""The value tables that a scored run leaves behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ghost.values import accumulate, accumulate_columns, read_shards
+from runners.data.base import DataBundle, SampleSet
+from runners.data.loader import taking_turns
+
+VALUES_FILE = "values.parquet"
+COLUMNS_FILE = "values_by_column.parquet"
+
+VALUES_SCHEMA = pa.schema(
+    [("sample_id", pa.string()), ("domain", pa.string()), ("value", pa.float64()), ("times_seen", pa.int64())]
+)
+
+
+def write_values(out: Path, train: SampleSet) -> None:
+    """One row for each training sample that was scored, atomically written to `values.parquet`."""
+    found = accumulate(read_shards(out / "scores"))
+    indices = found.sample.tolist()
+    columns = [*_samples(train, indices), found.value.numpy(), found.times_seen.numpy()]
+    _write(pa.table(columns, schema=VALUES_SCHEMA), out / VALUES_FILE)
+
+
+def write_columns(out: Path, data: DataBundle) -> None:
+    """Write `values_by_column.parquet`: one row for each training sample that was scored, one column for each
+    part of the model, validation set or validation sample; a row's columns sum to its value.
+    """
+    found = accumulate_columns(out / "scores")
+    indices = sorted({i for values in found.values() for i in values.sample.tolist()})
+    place = {index: row for row, index in enumerate(indices)}
+    ids, domains = _samples(data.train, indices)
+    columns: dict[str, object] = {"sample_id": ids, "domain": domains}
+    val_ids = [
+        data.val.sample_ids[i] for i in taking_turns(data.val.domains)
+    ]  # in the validation rows' order
+    for (part, val), values in found.items():
+        column = np.zeros(len(indices))
+        column[[place[i] for i in values.sample.tolist()]] = values.value.numpy()
+        against = val_ids[int(val)] if val.isdecimal() else val
+        columns[_label(part, against)] = column
+    _write(pa.table(columns), out / COLUMNS_FILE)
+
+
+def _label(part: str, val: str) -> str:
+    """`layer`, `set` or `layer | set`."""
+    return " | ".join(name for name in (part if part != "total" or not val else "", val) if name)
+
+
+def _samples(samples: SampleSet, indices: list[int]) -> tuple[list[str], list[str]]:
+    """Ids and domains."""
+    return [samples.sample_ids[i] for i in indices], [samples.domains[i] for i in indices]
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(table, partial)
+    partial.replace(path)

@@ -1,0 +1,78 @@
+"""What columns cost: all pairs, or one column a validation set, against one column and against a plain step.
+
+`python -m benchmarks.columns [--rounds 7]` on a random-start GPT-2 small, float32, AdamW, the same training
+and validation rows everywhere. All steps take turns within one process on one model.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.common import Ratio, interleave, report
+from benchmarks.step_overhead import Shape, gpt2
+from ghost import GhostEngineManager
+
+SHAPES = [Shape(8, 128, 8), Shape(4, 256, 4)]
+
+
+def steps(shape: Shape) -> dict[str, Callable[[], None]]:
+    """A plain step, and scored ones with one column, a column for each half, and one for each pair."""
+    torch.manual_seed(0)
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    X = torch.randint(0, 50257, (shape.b, shape.tokens))
+    val = torch.randint(0, 50257, (shape.v, shape.tokens))
+    rows = torch.cat([X, val])
+    half = shape.v // 2
+    sets = {"first": (val[:half], val[:half]), "second": (val[half:], val[half:])}
+
+    def plain() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+
+    def scored(config: dict[str, Any], val_data: Any) -> Callable[[], None]:
+        manager = GhostEngineManager(config, model, optimizer, val_data=val_data)
+        manager.detach_for_evaluation()
+        iteration = iter(range(10**9))
+
+        def step() -> None:
+            manager.reattach_after_evaluation()
+            optimizer.zero_grad(set_to_none=True)
+            with manager.step(X, X, batch_idx=range(shape.b), iteration=next(iteration)) as step:
+                step.backward(model(**step.inputs).loss)
+            optimizer.step()
+            manager.detach_for_evaluation()
+
+        return step
+
+    return {
+        "plain": plain,
+        "one column": scored({}, (val, val)),
+        "two sets": scored({}, sets),
+        "pairs": scored({"pairwise": True}, (val, val)),
+    }
+
+
+def main() -> None:
+    """Measure all shapes and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    rows = []
+    for shape in SHAPES:
+        times = interleave(steps(shape), args.rounds)
+        rows.append(
+            {"b": shape.b, "T": shape.tokens, "v": shape.v}
+            | {
+                f"{name} / plain": Ratio.of(times[name], times["plain"])
+                for name in ("one column", "two sets", "pairs")
+            }
+        )
+    report("columns", list(rows[0]), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -107,7 +107,7 @@ class ScoreLog:
         shard = {key: torch.cat([row[key].cpu() for row in self._rows]) for key in self._rows[0]}
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"shard-{self._shards:05d}.pt"
-        if len(self._columns) > 1:
+        if self._columns != ONE_COLUMN:
             described = json.dumps([asdict(column) for column in self._columns], indent=1)
             write_atomically(path.with_suffix(".json"), lambda file: file.write(described.encode()))
         save_atomically(shard, path)

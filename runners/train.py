@@ -159,6 +159,14 @@ def validation_data(cfg: DictConfig, data: DataBundle, task: Task) -> Any:
     """Inputs and labels of the validation samples on the run's device: of all, or by domain."""
     if is_scored(cfg) and cfg.engine.val_sets == "domain":
         by_domain = val_batches_by_domain(data.val)
+        fewest, number = min(
+            ((name, len(b.labels)) for name, b in by_domain.items()), key=lambda pair: pair[1]
+        )
+        if number < cfg.engine.val_batch_size:
+            raise ConfigError(
+                f"engine.val_batch_size={cfg.engine.val_batch_size} is more than the {number} validation samples "
+                f"of domain {fewest!r}: use at most {number}, or more data.val_samples."
+            )
         return {domain: task.place(batch.inputs, batch.labels) for domain, batch in by_domain.items()}
     rows = val_batch(data.val)
     return task.place(rows.inputs, rows.labels)
@@ -196,10 +204,11 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
 
 def write_coverage(model: nn.Module, config: GhostConfig, task: Task, val_data: Any, path: Path) -> None:
     """Measure on the validation rows of one step what the scores will speak of."""
-    X, Y = next(iter(val_data.values())) if isinstance(val_data, dict) else val_data
+    sets = list(val_data.values()) if isinstance(val_data, dict) else [val_data]
     rows = slice(0, config.val_batch_size)
     with torch.random.fork_rng(task.cuda_devices()):  # dropout here must not change what the training draws
-        report = coverage(model, config, task.mean(model, take_rows(X, rows), Y[rows]))
+        losses = [task.mean(model, take_rows(X, rows), Y[rows]) for X, Y in sets]
+        report = coverage(model, config, torch.stack(losses).mean())
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for line in coverage_lines(report):
         log.info("%s", line)
@@ -210,7 +219,7 @@ def write_results(cfg: DictConfig, out: Path, data: DataBundle) -> None:
     if is_scored(cfg):
         write_values(out, data.train)
         if is_resolved(cfg):
-            write_columns(out, data)
+            write_columns(out, data, pairwise=cfg.engine.pairwise)
     try:
         plot_run(out)
     except AnalysisError as error:

@@ -265,6 +265,7 @@ def _eval_only(cfg: DictConfig) -> None:
         "preview": False,
         "trainer.compile": False,
         "engine.bitwise": False,
+        "layers.include": ["*"],
         "layers.exclude": [],
         "layers.families": [],
         "layers.blocks": [],

@@ -26,9 +26,12 @@ def write_values(out: Path, train: SampleSet) -> None:
     _write(pa.table(columns, schema=VALUES_SCHEMA), out / VALUES_FILE)
 
 
-def write_columns(out: Path, data: DataBundle) -> None:
+def write_columns(out: Path, data: DataBundle, pairwise: bool) -> None:
     """Write `values_by_column.parquet`: one row for each training sample that was scored, one column for each
     part of the model, validation set or validation sample; a row's columns sum to its value.
+
+    Args:
+        pairwise: Whether columns are of validation samples, whose numbers become ids.
     """
     found = accumulate_columns(out / "scores")
     indices = sorted({i for values in found.values() for i in values.sample.tolist()})
@@ -41,14 +44,15 @@ def write_columns(out: Path, data: DataBundle) -> None:
     for (part, val), values in found.items():
         column = np.zeros(len(indices))
         column[[place[i] for i in values.sample.tolist()]] = values.value.numpy()
-        against = val_ids[int(val)] if val.isdecimal() else val
-        columns[_label(part, against)] = column
+        columns[_label(part, val_ids[int(val)] if pairwise else val)] = column
     _write(pa.table(columns), out / COLUMNS_FILE)
 
 
 def _label(part: str, val: str) -> str:
-    """`layer`, `set` or `layer | set`."""
-    return " | ".join(name for name in (part if part != "total" or not val else "", val) if name)
+    """`layer`, `set` or `layer | set`; a set may not pass for a column of the table's own."""
+    if part == "total" and val:
+        return f"set {val}" if val in ("sample_id", "domain") else val
+    return f"{part} | {val}" if val else part
 
 
 def _samples(samples: SampleSet, indices: list[int]) -> tuple[list[str], list[str]]:

@@ -159,13 +159,12 @@ def validation_data(cfg: DictConfig, data: DataBundle, task: Task) -> Any:
     """Inputs and labels of the validation samples on the run's device: of all, or by domain."""
     if is_scored(cfg) and cfg.engine.val_sets == "domain":
         by_domain = val_batches_by_domain(data.val)
-        fewest, number = min(
-            ((name, len(b.labels)) for name, b in by_domain.items()), key=lambda pair: pair[1]
-        )
+        sizes = {domain: len(batch.labels) for domain, batch in by_domain.items()}
+        fewest, number = min(sizes.items(), key=lambda item: item[1])
         if number < cfg.engine.val_batch_size:
             raise ConfigError(
-                f"engine.val_batch_size={cfg.engine.val_batch_size} is more than the {number} validation samples "
-                f"of domain {fewest!r}: use at most {number}, or more data.val_samples."
+                f"engine.val_batch_size={cfg.engine.val_batch_size} is more than the {number} validation "
+                f"samples of domain {fewest!r}: use at most {number}, or more data.val_samples."
             )
         return {domain: task.place(batch.inputs, batch.labels) for domain, batch in by_domain.items()}
     rows = val_batch(data.val)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ghost.layers.base import type_name
+
 
 class Head(NamedTuple):
     """Within its block: `kind` is "head", or "kv_head" for keys and values that several heads share."""
@@ -59,10 +61,6 @@ def kv_heads(number: int, queries: int) -> list[Head]:
     return query_heads(number) if number == queries else [Head("kv_head", i) for i in range(number)]
 
 
-def _type_name(module_type: type[nn.Module]) -> str:
-    return f"{module_type.__module__}.{module_type.__qualname__}"
-
-
 def register_attention(*module_types: type[nn.Module] | str) -> Callable[[Describe], Describe]:
     """Function decorator: it describes blocks whose type is exactly one of `module_types` (types or qualified
     names)::
@@ -75,8 +73,7 @@ def register_attention(*module_types: type[nn.Module] | str) -> Callable[[Descri
 
     def register(describe: Describe) -> Describe:
         for module_type in module_types:
-            name = module_type if isinstance(module_type, str) else _type_name(module_type)
-            _DESCRIPTIONS[name] = describe
+            _DESCRIPTIONS[type_name(module_type)] = describe
         return describe
 
     return register
@@ -86,7 +83,7 @@ def head_layout(module: nn.Module) -> HeadLayout | None:
     """The layout of an attention block whose type is registered or whose projections go by usual names; None
     for every other module.
     """
-    describe = _DESCRIPTIONS.get(_type_name(type(module)))
+    describe = _DESCRIPTIONS.get(type_name(type(module)))
     if describe is not None:
         return describe(module)
     for names in _SEPARATE:
@@ -97,7 +94,7 @@ def head_layout(module: nn.Module) -> HeadLayout | None:
 
 def is_conv1d(module: Any) -> bool:
     """Whether a module is Hugging Face's Conv1D: a linear layer whose weight is `[inputs, outputs]`."""
-    return _type_name(type(module)) == "transformers.pytorch_utils.Conv1D"
+    return type_name(type(module)) == "transformers.pytorch_utils.Conv1D"
 
 
 @register_attention("transformers.models.gpt2.modeling_gpt2.GPT2Attention")

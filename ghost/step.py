@@ -79,6 +79,11 @@ class Ledger:
 
     The validation gradient of such a parameter is the sum over all its uses, so each use's samples meet every
     use's validation gradient. They are kept here until the backward has seen them all.
+
+    Attributes:
+        calls: Forwards of each layer.
+        recomputed: Forwards inside a backward of layers that had none before it.
+        settled: Backwards of each layer.
     """
 
     def __init__(self) -> None:

@@ -11,3 +11,8 @@ class ConfigError(RunnerError):
 
 class DataError(RunnerError):
     """A data source is missing, empty or malformed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or else its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

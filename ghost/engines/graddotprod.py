@@ -65,6 +65,11 @@ class GradDotProdEngine(Engine):
         if config.strict:
             refuse_gaps(model, config)
         self.scored = scored_parts(model, self.layers, config)
+        self._parts = {
+            (layer.name, key): [(layer.name if part is None else part.label, family(layer)) for part in parts]
+            for layer in self.layers
+            for key, parts in self.scored[layer.name].items()
+        }
         self.state = StepState()
         self.validation: Validation = (
             JointValidation(model, self.state, self.layers, self.scored, config, val_data)
@@ -85,12 +90,7 @@ class GradDotProdEngine(Engine):
         return self.validation.columns
 
     def parts(self) -> dict[tuple[str, str], list[tuple[str, str]]]:
-        by_name = {layer.name: family(layer) for layer in self.layers}
-        return {
-            (layer, key): [(layer if part is None else part.label, by_name[layer]) for part in parts]
-            for layer, scored in self.scored.items()
-            for key, parts in scored.items()
-        }
+        return self._parts
 
     def val_rows(self) -> Tensor:
         return self.validation.val_rows()

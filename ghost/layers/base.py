@@ -117,7 +117,10 @@ _RULES: dict[str, Rule] = {}
 """By qualified type name, so that a rule for another library's layer does not import that library."""
 
 
-def _type_name(module_type: type[nn.Module]) -> str:
+def type_name(module_type: type[nn.Module] | str) -> str:
+    """The qualified name under which registers keep a type; a name is its own."""
+    if isinstance(module_type, str):
+        return module_type
     return f"{module_type.__module__}.{module_type.__qualname__}"
 
 
@@ -151,8 +154,7 @@ def register_layer(
     def register(rule: RuleOrFunction) -> RuleOrFunction:
         handler = rule() if isinstance(rule, type) else _FunctionRule(rule)
         for module_type in module_types:
-            name = module_type if isinstance(module_type, str) else _type_name(module_type)
-            _RULES[name] = handler
+            _RULES[type_name(module_type)] = handler
         return rule
 
     return register
@@ -160,4 +162,4 @@ def register_layer(
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule registered for the module's type, if any."""
-    return _RULES.get(_type_name(type(module)))
+    return _RULES.get(type_name(type(module)))

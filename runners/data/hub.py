@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from omegaconf import DictConfig
 
-from runners.errors import ConfigError, DataError
+from runners.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,9 +81,11 @@ def open_source(cfg: DictConfig) -> Source:
         table = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except (OSError, ValueError, RuntimeError, HTTPError, pa.ArrowException) as error:
         hint = "give files as data.path" if cfg.name else "give data.path another folder or file"
-        raise DataError(f"The data set {label} cannot be opened ({_reason(error)}): {hint}.") from error
+        raise DataError(f"The data set {label} cannot be opened ({first_line(error)}): {hint}.") from error
     except datasets.exceptions.DatasetsError as error:
-        raise DataError(f"The data set {label} is damaged ({_reason(error.__cause__ or error)}).") from error
+        raise DataError(
+            f"The data set {label} is damaged ({first_line(error.__cause__ or error)})."
+        ) from error
     return Source(table, [(name, len(part)) for name, part in zip(names, parts, strict=True)], label)
 
 
@@ -141,13 +143,11 @@ def _hub_asked_once(datasets: ModuleType, name: str) -> Iterator[None]:
     try:
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
     except (HTTPError, OSError, ValueError) as error:
-        log.warning("The hub does not give %s (%s): looking for an earlier download.", name, _reason(error))
+        log.warning(
+            "The hub does not give %s (%s): looking for an earlier download.", name, first_line(error)
+        )
         datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,10 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ghost.batch import Items
+from ghost.loss import IGNORED_LABEL
 from runners.data.base import Batch, DataBundle, Inputs, Item, Layout, SampleInputs, SampleSet
 from runners.errors import ConfigError
-
-IGNORED_LABEL = -100
 
 ROWS_PER_WRITE = 65_536
 

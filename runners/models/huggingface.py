@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from runners.choices import TaskName
-from runners.errors import ConfigError
+from runners.errors import ConfigError, first_line
 from runners.models.hf_config import DataFacts, make_config
-from runners.models.pretrained import find, first_line, load, saved_config
+from runners.models.pretrained import find, load, saved_config
 from runners.tasks import model_task
 
 log = logging.getLogger(__name__)

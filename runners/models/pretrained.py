@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as logging_of_transformers
 
-from runners.errors import ConfigError
+from runners.errors import ConfigError, first_line
 from runners.models.keys import CLASS_TASKS
 from runners.tasks import model_task
 
@@ -106,11 +106,6 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         logging_of_transformers.set_verbosity(verbosity)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or else its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _refuse_missing(cfg: DictConfig, model: PreTrainedModel, new: Iterable[str]) -> None:

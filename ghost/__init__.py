@@ -3,13 +3,21 @@
 from ghost.attention import HeadLayout, register_attention
 from ghost.batch import Items
 from ghost.config import GhostConfig, Resolution, ValMode
-from ghost.engines import GradDotProdEngine, RegularEngine, register_engine
-from ghost.errors import BatchError, GhostConfigError, GhostError, ProtocolError, UnsupportedModelError
+from ghost.engines import GradDotProdEngine, GradProjLoRAEngine, RegularEngine, register_engine
+from ghost.errors import (
+    BatchError,
+    GhostConfigError,
+    GhostError,
+    ProtocolError,
+    StoreError,
+    UnsupportedModelError,
+)
 from ghost.gradients import Algebra
 from ghost.layers import LayerRule, register_layer
 from ghost.loss import LossReduction
 from ghost.manager import GhostEngineManager
 from ghost.selection import Selection
+from ghost.store import ProjectionStore
 from ghost.verification import Verification
 from ghost.verify import verify
 
@@ -21,14 +29,17 @@ __all__ = [
     "GhostEngineManager",
     "GhostError",
     "GradDotProdEngine",
+    "GradProjLoRAEngine",
     "HeadLayout",
     "Items",
     "LayerRule",
     "LossReduction",
+    "ProjectionStore",
     "ProtocolError",
     "RegularEngine",
     "Resolution",
     "Selection",
+    "StoreError",
     "UnsupportedModelError",
     "ValMode",
     "Verification",

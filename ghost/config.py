@@ -11,6 +11,7 @@ import torch
 from ghost.errors import GhostConfigError, shown
 from ghost.gradients import Algebra
 from ghost.loss import LossReduction
+from ghost.projection import ProjectionKind
 from ghost.selection import Selection
 
 
@@ -48,6 +49,16 @@ _DTYPES = {
 }
 
 
+_WORDS = {
+    "proj_dtype": {
+        "float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16",
+        "bfloat16": "bfloat16", "bf16": "bfloat16", "int8": "int8",
+    },
+    "proj_format": {"npy": "npy", "pt": "pt"},
+}  # fmt: skip
+"""What settings that are words can be, and what each way to write one stands for."""
+
+
 @dataclass(frozen=True)
 class GhostConfig:
     """What the manager and its engine read.
@@ -73,6 +84,18 @@ class GhostConfig:
             `manager.step` does so itself.
         result_dir: Where score shards are written; None writes nothing.
         save_interval: Steps between score shards (GhostSuite: `dot_prod_save_interval`).
+        weight_grads: Whether the backward fills `.grad` (gradprojlora); None: where the manager has an
+            optimizer.
+        proj_layers: Names of layers to project, comma-separated or as a list: parts of names, or patterns as
+            in `Selection`; None for those of `selection`.
+        proj_rank_total: Numbers that are kept of a parameter's gradient, about.
+        proj_rank_min: Fewest rows of a projection matrix; a smaller side is kept whole.
+        proj_seed: Seed of the projection matrices.
+        proj_kind: How their entries are distributed.
+        proj_dtype: Number format of the store: float32, float16, bfloat16, or int8 with a scale for each row.
+        proj_format: File format of the store's shards, npy or pt.
+        proj_save_interval: Micro-batches a shard.
+        include_embeddings: Whether embedding tables, and heads that share one, are projected.
     """
 
     engine: str = "graddotprod"
@@ -91,10 +114,22 @@ class GhostConfig:
     gradient_accumulation_steps: int = 1
     result_dir: str | None = None
     save_interval: int = 100
+    weight_grads: bool | None = None
+    proj_layers: tuple[str, ...] | None = None
+    proj_rank_total: int = 256
+    proj_rank_min: int = 4
+    proj_seed: int = 0
+    proj_kind: ProjectionKind = ProjectionKind.RADEMACHER
+    proj_dtype: str = "float32"
+    proj_format: str = "npy"
+    proj_save_interval: int = 64
+    include_embeddings: bool = True
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if value is None and f.default is not None:
+                raise GhostConfigError(f"{f.name}=None should be a value: leave it out for the default.")
             object.__setattr__(self, f.name, None if value is None else convert(f.name, value))
         self._check_types()
         if self.bitwise and self.val_mode is not ValMode.SEPARATE:
@@ -115,15 +150,25 @@ class GhostConfig:
             raise GhostConfigError(
                 f"score_dtype={self.score_dtype} should be float32 or float64: sums need the digits."
             )
+        if self.proj_rank_min**2 > self.proj_rank_total:
+            raise GhostConfigError(
+                f"proj_rank_min={self.proj_rank_min} needs proj_rank_total to be its square, "
+                f"{self.proj_rank_min**2}, or more, but that is {self.proj_rank_total}."
+            )
 
     def _check_types(self) -> None:
-        for name in ("val_batch_size", "val_every", "gradient_accumulation_steps", "save_interval"):
+        for name in (
+            *("val_batch_size", "val_every", "gradient_accumulation_steps", "save_interval"),
+            *("proj_rank_total", "proj_rank_min", "proj_save_interval"),
+        ):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise GhostConfigError(f"{name}={value!r} should be a whole number of at least 1.")
-        for name in ("bitwise", "pairwise", "strict"):
+        if type(self.proj_seed) is not int:
+            raise GhostConfigError(f"proj_seed={shown(self.proj_seed)} should be a whole number.")
+        for name in ("bitwise", "pairwise", "strict", "include_embeddings", "weight_grads"):
             value = getattr(self, name)
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) and not (name == "weight_grads" and value is None):
                 raise GhostConfigError(f"{name}={shown(value)} should be true or false.")
         if self.result_dir is not None and not isinstance(self.result_dir, str | PathLike):
             raise GhostConfigError(f"result_dir={shown(self.result_dir)} should be the path of a folder.")
@@ -180,6 +225,7 @@ def convert(name: str, value: Any) -> Any:
     """A setting's value in its own type; `GhostConfigError` where it has none."""
     enums: dict[str, type[Enum]] = {
         "val_mode": ValMode, "loss_reduction": LossReduction, "algebra": Algebra, "resolution": Resolution,
+        "proj_kind": ProjectionKind,
     }  # fmt: skip
     if name in enums:
         raw = value.value if isinstance(value, Enum) else value
@@ -191,8 +237,25 @@ def convert(name: str, value: Any) -> Any:
         return enums[name](raw)
     if name == "engine":
         return str(value).lower().replace("_", "")
+    if name == "proj_layers":
+        return _patterns(value)
+    if name in _WORDS:
+        word = _WORDS[name].get(str(value).removeprefix("torch."))
+        if word is None:
+            raise GhostConfigError(
+                f"{name}={value!r} should be one of {', '.join(sorted(set(_WORDS[name].values())))}."
+            )
+        return word
     if name.endswith("_dtype") and not isinstance(value, torch.dtype):
         if str(value) not in _DTYPES:
             raise GhostConfigError(f"{name}={value!r} should be one of {', '.join(_DTYPES)}.")
         return _DTYPES[str(value)]
     return value
+
+
+def _patterns(value: Any) -> tuple[str, ...] | None:
+    """Patterns of layers given as one comma-separated text or as a list; None for none."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise GhostConfigError(f"proj_layers={shown(value)} should be names of layers, comma-separated.")
+    return tuple(part.strip() for part in parts if part.strip()) or None

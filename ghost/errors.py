@@ -21,6 +21,10 @@ class ProtocolError(GhostError, RuntimeError):
     """The manager's methods were called out of order."""
 
 
+class StoreError(GhostError):
+    """A projection store cannot be written, read, searched or changed as asked."""
+
+
 def shown(value: object) -> str:
     """The beginning of a value's `repr`, on one line, for messages."""
     return " ".join(repr(value).split())[:60]

@@ -11,7 +11,8 @@ questions that an engine asks:
   columns: one column of all of them, one a validation set, or one a validation sample;
 * `sum_and_dots(targets)`, `sum_and_scores(val, sizes)`: sum and inner products at once, by whichever algebra
   is the cheapest for the shapes at hand;
-* `take(axis, index)`: the same for a slice of the parameter, such as the rows of one attention head.
+* `take(axis, index)`: the same for a slice of the parameter, such as the rows of one attention head;
+* `project(rows, columns)`: every sample's gradient multiplied by a matrix from either side.
 
 There are three forms, and they cover all layers: `OuterProducts` (matrices that multiply), `RowGathers`
 (tables that are looked up) and `Materialised` (vectors, where the gradient of a sample is no larger than its
@@ -47,6 +48,12 @@ def cut(tensor: Tensor, axis: int, index: Sequence[slice]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
 
+def applied(values: Tensor, projection: Tensor | None) -> Tensor:
+    """`[b, T, n]` times the projection `[k, n]` along the last axis, `[b, T, k]`, in float32 at least."""
+    values = values.to(algebra.accumulation_dtype(values.dtype))
+    return values if projection is None else values @ projection.to(values.dtype).T
+
+
 class SampleGradients(ABC):
     """The gradients of one parameter, one for each row of a batch."""
 
@@ -70,6 +77,16 @@ class SampleGradients(ABC):
     @abstractmethod
     def dot(self, target: Tensor) -> Tensor:
         """`⟨target, g_i⟩` for every sample i, `[b]`; `target` has the parameter's shape."""
+
+    @abstractmethod
+    def project(self, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        """`rows g_i columnsᵀ` for every sample i, `[b, k, l]`, in float32 at least.
+
+        Args:
+            shape: The parameter as a matrix, `(m, n)`: its first axes and the others.
+            rows: `[k, m]`; None for the identity.
+            columns: `[l, n]`; None for the identity.
+        """
 
     def split(self, rows: int) -> tuple[Self, Self]:
         """The first `rows` samples (training) and the others (validation)."""
@@ -126,6 +143,11 @@ class Materialised(SampleGradients):
         dtype = algebra.accumulation_dtype(self.values.dtype)
         return self.values.reshape(self.rows, target.numel()).to(dtype) @ target.flatten().to(dtype)
 
+    def project(self, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        values = self.values.reshape(self.rows, *shape)  # [b, m, n]
+        values = applied(values, columns)  # [b, m, l]
+        return applied(values.transpose(1, 2), rows).transpose(1, 2)
+
 
 class OuterProducts(SampleGradients):
     """Per-sample gradients `g_i = Σ_t left_itᵀ right_it` of a matrix `[m, n]`: linear layers and unfolded
@@ -163,6 +185,10 @@ class OuterProducts(SampleGradients):
         if m >= n:  # contract over the longer side, so that the intermediate is the shorter one
             return algebra.row_dots(self.left @ target, self.right)
         return algebra.row_dots(self.right @ target.T, self.left)
+
+    def project(self, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        del shape  # the factors' own
+        return applied(self.left, rows).transpose(1, 2) @ applied(self.right, columns)
 
     def scores(self, val: Self, sizes: Sequence[int], how: Algebra = Algebra.AUTO) -> Tensor:
         choice = self._cheapest(val, len(sizes), (Algebra.TOKEN_TOKEN, Algebra.TARGET), how)
@@ -229,6 +255,14 @@ class RowGathers(SampleGradients):
 
     def dot(self, target: Tensor) -> Tensor:
         return algebra.row_dots(target[self.ids], self.grad)
+
+    def project(self, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        grad = applied(self.grad, columns)  # [b, T, l]
+        if rows is None:
+            table = grad.new_zeros(self.rows, self.num_rows, grad.shape[2])  # [b, m, l]
+            return table.scatter_add(1, self.ids[:, :, None].expand(-1, -1, grad.shape[2]), grad)
+        looked_up = rows.to(grad.dtype).T[self.ids]  # [b, T, k]
+        return looked_up.transpose(1, 2) @ grad
 
     def scores(self, val: Self, sizes: Sequence[int], how: Algebra = Algebra.AUTO) -> Tensor:
         del how

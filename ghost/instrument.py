@@ -100,6 +100,8 @@ class Instrument:
                 state.watch(layer, args, kwargs)
                 return original(*args, **kwargs)
             if not state.active or not torch.is_grad_enabled():
+                if state.active and not torch.compiler.is_compiling():
+                    state.without_grad.add(layer.name)
                 return original(*args, **kwargs)
             if meets:
                 self._count(layer)
@@ -163,6 +165,16 @@ class Instrument:
         # A layer that is not selected may share its parameter with one that is, and uses it as it always did.
         refuse_stray_uses(outputs, {key: name for key, name in uses if owners[key] == tapped[key]})
         self._uses_checked = True
+
+    def refuse_hidden_layers(self) -> None:
+        """After the backward: refuse layers that ran under `no_grad` and not again with gradients."""
+        state = self.state
+        missing = {name for (name, _), probe in state.probes.items() if probe.grad is None}
+        if hidden := sorted(missing & state.without_grad):
+            raise UnsupportedModelError(
+                f"layer {hidden[0]!r} ran without gradients, as under re-entrant activation checkpointing, "
+                "and the backward did not reach it: checkpoint with use_reentrant=False, or leave it out."
+            )
 
     def _count(self, layer: Layer) -> None:
         """Note a call: the uses of a layer that runs twice meet each other's validation gradient."""
@@ -239,7 +251,7 @@ class Instrument:
     def _tensors(self, tap: Tap) -> tuple[list[Tensor], list[Tensor]]:
         """What a tap's function takes: parameters and probes, and targets."""
         layer, state = tap.layer, self.state
-        params = list(layer.params.values()) if self.detach_params else []
+        params = list(layer.params.values()) if tap.gives_gradients else []
         probes = [state.probes[layer.name, key] for key in tap.scored]
         targets = [state.targets[layer.qualified(key)] for key in tap.scored] if state.targets else []
         return [*params, *probes], targets
@@ -249,6 +261,8 @@ class Instrument:
         unit = self.units.of(layer, x.shape[0])
         tensors, targets = self._tensors(tap)
         output = self._run_untapped(layer, original, x, unit)
+        if not tensors:
+            return output
         shape = output.shape
         if self.order.is_flattened(layer, x, unit):
             x = x.unflatten(0, (unit.size, -1))
@@ -301,6 +315,9 @@ class Instrument:
         params = {key: p.detach() for key, p in layer.params.items()} if self.detach_params else {}
         with substituted(layer.module, params), rule.context():
             returned = rule.outputs_rows_first(layer.module, original(*args, **kwargs))
+        tensors, targets = self._tensors(tap)
+        if not tensors:
+            return rule.outputs_rows_first(layer.module, returned)
         leaves, spec = tree_flatten(rule.rows_first(layer.module, (args, kwargs)))
         unit = self.units.of_call(layer, leaves)
         flat, out_spec = tree_flatten(returned)
@@ -308,7 +325,6 @@ class Instrument:
         self._refuse_hidden_outputs(layer, flat)
         outputs = [self._output_rows(layer, flat[i], unit) for i in places]
         call = self._module_call(layer, original, leaves, spec, unit, outputs)
-        tensors, targets = self._tensors(tap)
         tapped = GenericFunction.apply(tap, call, len(outputs), len(targets), *outputs, *tensors, *targets)
         for i, output in zip(places, tapped, strict=True):
             flat[i] = output

@@ -58,8 +58,11 @@ _AUXILIARY = ("output_router_logits", "z_loss_coefficient")
 """Settings under which a loss has terms that are no mean over labels."""
 
 
-def infer_reduction(model: nn.Module) -> LossReduction:
+def infer_reduction(model: nn.Module, otherwise: str = "use val_mode='separate'") -> LossReduction:
     """The reduction of a Hugging Face model's loss, known by the loss function that it calls or by its class.
+
+    Args:
+        otherwise: What else a user can do, for the errors.
 
     Raises:
         GhostConfigError: The class is unknown, or its loss has auxiliary terms that are no mean over labels.
@@ -72,14 +75,14 @@ def infer_reduction(model: nn.Module) -> LossReduction:
             if getattr(part, setting, False):
                 raise GhostConfigError(
                     f"the loss of {name} has an auxiliary term (config.{setting}={getattr(part, setting)}) "
-                    "that joint batches cannot weigh: use val_mode='separate'."
+                    f"that joint batches cannot weigh: {otherwise}."
                 )
     reduction = None if config is None or name.startswith(_IRREGULAR) else _known(model, name, config)
     if reduction is None:
         choices = ", ".join(r.value for r in LossReduction)
         raise GhostConfigError(
             f"loss_reduction cannot be inferred for {name}: set it to what the model's loss is a mean of "
-            f"({choices}), or use val_mode='separate'."
+            f"({choices}), or {otherwise}."
         )
     return reduction
 
@@ -95,17 +98,22 @@ def _known(model: nn.Module, name: str, config: Any) -> LossReduction | None:
 
 def count(labels: Tensor, reduction: LossReduction) -> Tensor:
     """What a loss over `labels` is a mean of, as a 0-dim int64 tensor on the labels' device; 1 for a sum."""
+    if reduction is LossReduction.SUM:
+        return labels.new_ones((), dtype=torch.int64)
+    return row_counts(labels, reduction).sum()
+
+
+def row_counts(labels: Tensor, reduction: LossReduction) -> Tensor:
+    """What the loss of each row on its own is a mean of, `[b]` int64; ones for sums."""
+    counted = labels != IGNORED_LABEL
     if reduction is LossReduction.CAUSAL_TOKEN_MEAN:
         if labels.dim() < 2:
             raise BatchError(
                 f"labels of shape {tuple(labels.shape)} have no positions to shift: "
                 "loss_reduction='causal_token_mean' needs [rows, T]."
             )
-        return (labels[:, 1:] != IGNORED_LABEL).sum()
-    if reduction is LossReduction.TOKEN_MEAN:
-        return (labels != IGNORED_LABEL).sum()
-    if reduction is LossReduction.SUM:
-        return labels.new_ones((), dtype=torch.int64)
-    if labels.numel() == labels.shape[0] and not labels.is_floating_point():  # a class each
-        return (labels != IGNORED_LABEL).sum()
-    return labels.new_full((), labels.shape[0], dtype=torch.int64)
+        counted = counted[:, 1:]
+    one_class = labels.numel() == labels.shape[0] and not labels.is_floating_point()
+    if reduction is LossReduction.SUM or (reduction is LossReduction.SAMPLE_MEAN and not one_class):
+        return labels.new_ones(labels.shape[0], dtype=torch.int64)
+    return counted[..., None].flatten(1).sum(1)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ class GhostEngineManager:
         config: Settings, as `GhostConfig` or any mapping or object with its field names (GhostSuite's are
             accepted).
         model: The model; wrapped by `torch.compile`, or by DDP in one process, is fine.
-        optimizer: Its optimizer, observed for learning rates, clipping and skipped steps.
+        optimizer: Its optimizer, observed for learning rates, clipping and skipped steps; None for a loop
+            that trains nothing (`engine="gradprojlora"`).
         ddp_info: Accepted for GhostSuite's loops; this version scores one process.
         val_data: `(X_val, Y_val)`, tensors or dicts of tensors with a row per sample; or several validation
             sets by name, `{"code": (X, Y), …}`, each with a column of the scores.
@@ -91,25 +92,36 @@ class GhostEngineManager:
     """
 
     def __init__(
-        self, config: Any, model: nn.Module, optimizer: torch.optim.Optimizer, ddp_info: Any = None,
+        self, config: Any, model: nn.Module, optimizer: torch.optim.Optimizer | None, ddp_info: Any = None,
         val_data: Any = None, loss_fn: LossFn | None = None, scaler: Any = None,
     ) -> None:  # fmt: skip
         del ddp_info
-        if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        self.config = GhostConfig.read(config)
+        kind = engine_class(self.config.engine)
+        idle = optimizer is None and not kind.needs_optimizer
+        if not isinstance(model, nn.Module) or not (idle or isinstance(optimizer, torch.optim.Optimizer)):
             raise GhostConfigError(
                 f"model and optimizer are a {type(model).__name__} and a {type(optimizer).__name__}: give an "
                 "nn.Module and its torch.optim.Optimizer."
             )
-        self.config = GhostConfig.read(config)
-        _refuse_several_processes(self.config)
+        if self.config.weight_grads is False and kind.needs_optimizer:
+            raise GhostConfigError(
+                f"weight_grads=False has no effect with engine={self.config.engine!r}, which fills .grad in "
+                "any case: leave it out."
+            )
+        if self.config.weight_grads is None:
+            self.config = replace(self.config, weight_grads=optimizer is not None)
+        if kind.one_process:
+            _refuse_several_processes(self.config)
         self.model = unwrap(model)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.engine: Engine = engine_class(self.config.engine)(
-            self.model, self.config, val_data, loss_fn, self._scaler
-        )
+        self.engine: Engine = kind(self.model, self.config, val_data, loss_fn, self._scaler)
         out = self.config.result_dir
         self._log = ScoreLog(Path(out) / "scores", self.config.storage_dtype) if out else None
-        self._observer = UpdateObserver(optimizer, self.model)
+        # Where nothing is trained, an optimizer that never steps stands in.
+        self._observer = UpdateObserver(
+            optimizer or torch.optim.SGD(self.model.parameters(), lr=0.0), self.model
+        )
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._untrained = self._outside_groups()
         self._step: _Step | None = None
@@ -395,6 +407,7 @@ class GhostEngineManager:
             self._log.flush()
         self._observer.close()
         self.detach_for_evaluation()
+        self.engine.close()
 
     def _by_parameter(self) -> LayerScores:
         if self._step is None or not self._step.scores:
@@ -407,6 +420,7 @@ class GhostEngineManager:
         assert self._step is not None
         step, self._step, self._micro_batch_open = self._step, None, False
         step.scores.append(self.engine.collect())  # where this fails, the step is dropped
+        self.engine.keep(step.samples[-1])
         self._step = step
 
     def _abandon_step(self) -> None:
@@ -429,7 +443,7 @@ def _is_number(share: Any) -> bool:
 
 def _refuse_several_processes(config: GhostConfig) -> None:
     """Scores are of one process's gradient, and shards are numbered by one process."""
-    if config.engine == "regular" or not torch.distributed.is_available():
+    if not torch.distributed.is_available():
         return
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise GhostConfigError(

@@ -131,6 +131,7 @@ class StepState:
         watch: What layers only report their calls to, or None.
         refused: Why compiled code cannot be scored: it would not say so again.
         traced: Layers that have run in compiled code, which keeps no ledger.
+        without_grad: Layers that have run under `no_grad`, outside of compiled code.
     """
 
     active: bool = False
@@ -147,6 +148,7 @@ class StepState:
     watch: Watch | None = None
     refused: str | None = None
     traced: dict[str, bool] = field(default_factory=dict)
+    without_grad: set[str] = field(default_factory=set)
 
     @property
     def rows(self) -> Unit:
@@ -158,3 +160,4 @@ class StepState:
         self.active, self.output_scale, self.outputs_scaled, self.latest = False, None, False, 0
         self.loss_unseen = False
         self.probes, self.tied, self.ledger, self.traced = {}, {}, Ledger(), {}
+        self.without_grad = set()

@@ -16,7 +16,7 @@ of shared parameters wait in the step's ledger for each other.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,12 +43,16 @@ def wide(grad: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tap(ABC):
-    """What a layer's tap computes. Its tensors are, in this order: parameters, probes, targets.
+    """What a layer's tap computes. Its tensors are, in this order: parameters (if it gives gradients for
+    them), probes, targets.
 
     Attributes:
+        gives_gradients: Whether it defines the gradients of the layer's parameters.
         scored: The parts of each parameter that are scored, by its name in the layer.
         how: The algebra for matrices.
     """
+
+    gives_gradients: ClassVar[bool] = True
 
     layer: Layer
     scored: Mapping[str, Parts]
@@ -172,6 +176,8 @@ class TargetTap(Tap):
 class WatchTap(Tap):
     """The validation gradient is given and the layer's own backward is left alone, bit for bit."""
 
+    gives_gradients = False
+
     def backward(
         self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
     ) -> Grads:
@@ -180,6 +186,52 @@ class WatchTap(Tap):
             for (key, parts), target in zip(self.scored.items(), targets, strict=True)
         ]
         return dots + [None] * len(targets)
+
+
+@dataclass(frozen=True)
+class Projector:
+    """How one parameter's gradients are projected.
+
+    Attributes:
+        shape: The parameter as a matrix.
+        rows, columns: What its gradient is multiplied by from the left and, transposed, from the right; None
+            for the identity.
+        inputs_first: Whether its rows belong to the layer's inputs: the product is then transposed.
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor | None
+    columns: Tensor | None
+    inputs_first: bool
+
+    def __call__(self, gradients: SampleGradients) -> Tensor:
+        """Every sample's `P_out g_i P_inᵀ`, flattened, `[b, k_out * k_in]`."""
+        found = gradients.project(self.shape, self.rows, self.columns)
+        return (found.transpose(1, 2) if self.inputs_first else found).flatten(1)
+
+
+@dataclass(frozen=True)
+class ProjectTap(Tap):
+    """Probes receive every sample's projected gradient; the parameters' own gradients are left to others.
+
+    A probe `Γ_i` is what a LoRA branch beside the layer, `P_outᵀ Γ_i P_in x_i`, would have as its weight, at
+    zero: the gradient of `Γ_i` is `P_out g_i P_inᵀ`.
+
+    Attributes:
+        projectors: By the parameter's name in the layer.
+    """
+
+    gives_gradients = False
+
+    projectors: Mapping[str, Projector] = field(repr=False, compare=False)
+
+    def backward(
+        self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
+    ) -> Grads:
+        del targets  # it has none
+        device = next(iter(self.layer.params.values())).device.type
+        with torch.autocast(device, enabled=False):  # a backward inside of an autocast block keeps its digits
+            return [unit.to_rows(self.projectors[key](gradients[key])) for key in self.scored]
 
 
 class TapFunction(Function):

@@ -27,9 +27,16 @@ class Engine(ABC):
         val_data: Validation inputs and labels, or named sets of them, for engines that need them.
         loss_fn: The loss on a validation batch; None for a Hugging Face model's own.
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
+
+    Attributes:
+        name: What `config.engine` says.
+        needs_optimizer: Whether it only makes sense in a loop that trains.
+        one_process: Whether its numbers would be wrong where other processes hold a part of the step.
     """
 
     name: ClassVar[str]
+    needs_optimizer: ClassVar[bool] = True
+    one_process: ClassVar[bool] = True
 
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: Any = None,
@@ -95,6 +102,16 @@ class Engine(ABC):
     @abstractmethod
     def abandon(self) -> None:
         """Forget a micro-batch whose forward or backward failed."""
+
+    def keep(self, sample: Tensor) -> None:  # noqa: B027 -- most engines have nothing but scores
+        """After `collect`: write what else there is about the samples.
+
+        Args:
+            sample: Running indices of the micro-batch's rows, `[b]` int64.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """At the end: finish what is being written."""
 
 
 _ENGINES: dict[str, type[Engine]] = {}

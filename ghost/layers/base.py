@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ghost.gradients import SampleGradients
@@ -38,8 +39,24 @@ def sum_rows_to(values: Tensor, shape: Sequence[int]) -> Tensor:
     return values.sum_to_size(rows, *(1,) * (inner - len(own)), *own).reshape(rows, *shape)
 
 
+def leading_ones(shape: torch.Size) -> int:
+    """How many axes of size 1 come first."""
+    return next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
+
+
 class Rule(ABC):
-    """One kind of layer. Stateless: one object serves all layers of its kind."""
+    """One kind of layer. Stateless: one object serves all layers of its kind.
+
+    Attributes:
+        inputs_first: Whether the first axis of its matrices is that of the layer's inputs, not of its
+            outputs.
+    """
+
+    inputs_first: ClassVar[bool] = False
+
+    def as_matrix(self, shape: torch.Size) -> tuple[int, int]:
+        """A parameter of this shape as a matrix: its first axis, and all others as one."""
+        return (shape.numel(), 1) if len(shape) < 2 else (shape[0], shape[1:].numel())
 
     def check(self, name: str, module: nn.Module) -> None:
         """Raise `UnsupportedModelError`, naming the layer, where its settings cannot be handled exactly."""

@@ -17,6 +17,8 @@ class ConvTransposeRule(LayerRule):
     that it wrote to.
     """
 
+    inputs_first = True
+
     def smallest_rank(self, module: nn.Module) -> int:
         assert isinstance(module, _ConvTransposeNd)
         return 2 + len(module.kernel_size)

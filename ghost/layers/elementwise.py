@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost.gradients import Materialised, SampleGradients
-from ghost.layers.base import LayerRule, register_layer, sum_rows_to
+from ghost.layers.base import LayerRule, leading_ones, register_layer, sum_rows_to
 
 TRANSFORMERS_NORMS = {
     "deepseek_v2": "DeepseekV2RMSNorm",
@@ -41,11 +41,6 @@ TRANSFORMERS_NORMS = {
     "umt5": "UMT5LayerNorm",
 }
 """Hugging Face's RMS norms by model: `w ∘ n(x)`, or Gemma's `(1 + w) ∘ n(x)`."""
-
-
-def leading_ones(shape: torch.Size) -> int:
-    """How many axes of size 1 come first."""
-    return next((axis for axis, size in enumerate(shape) if size != 1), len(shape))
 
 
 @register_layer(

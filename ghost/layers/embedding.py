@@ -11,7 +11,12 @@ from ghost.layers.base import LayerRule, register_layer
 
 @register_layer(nn.Embedding)
 class EmbeddingRule(LayerRule):
-    """Weight `[V, d]`; the input is `[b, …]` int64 ids, or `[T]` positions shared by all samples."""
+    """Weight `[V, d]`; the input is `[b, …]` int64 ids, or `[T]` positions shared by all samples.
+
+    As a matrix it maps one-hot ids to rows.
+    """
+
+    inputs_first = True
 
     def rows_first(self, x: Tensor, rows: int) -> Tensor:
         if x.dim() == 1 and x.shape[0] != rows:  # positions: arange(T)

@@ -38,6 +38,7 @@ class LinearRule(LayerRule):
 class Conv1DRule(LayerRule):
     """Weight `[d, p]`, bias `[p]`."""
 
+    inputs_first = True
     any_rank = True
 
     def smallest_rank(self, module: nn.Module) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost.errors import BatchError
-from ghost.layers.base import Rule, register_layer
+from ghost.layers.base import Rule, leading_ones, register_layer
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a module's forward."""
@@ -40,6 +40,10 @@ def _split(name: str) -> tuple[str, str, str]:
 
 class WholeRule(Rule):
     """Handles a module as it is: parameters of its own, and those of its parameter lists and dicts."""
+
+    def as_matrix(self, shape: torch.Size) -> tuple[int, int]:
+        """Leading ones, which stand for the batch, are left out."""
+        return super().as_matrix(shape[min(leading_ones(shape), max(0, len(shape) - 1)) :])
 
     def owned(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that are scored here, by their names in the module; other modules keep theirs."""
@@ -138,6 +142,8 @@ class RelativeBiasRule(WholeRule):
     """T5's attention with its table of relative positions, which is looked up by [T, T] distances that no
     sample owns. The projections are linear layers of their own.
     """
+
+    inputs_first = True
 
     def owned(self, module: nn.Module) -> dict[str, nn.Parameter]:
         return {k: p for k, p in module.named_parameters() if k.startswith("relative_attention_bias.")}

@@ -60,7 +60,7 @@ def test_objects_and_their_class_defaults() -> None:
 
 
 def test_foreign_names_and_nulls_are_left_alone() -> None:
-    given = {"learning_rate": "much", "proj_layers": "attn", "val_batch_size": None, "pairwise": None, 3: 4}
+    given = {"learning_rate": "much", "proj_layers": None, "val_batch_size": None, "pairwise": None, 3: 4}
     assert GhostConfig.read(given) == GhostConfig()
 
 

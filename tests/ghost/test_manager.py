@@ -469,7 +469,7 @@ def test_a_refused_batch_leaves_the_manager_usable(tmp_path: Path) -> None:
 def test_a_forward_that_failed_in_the_protocol_loop_can_be_left_behind(tmp_path: Path) -> None:
     run = Run({"result_dir": tmp_path})
     run.manager.attach_train_batch(*run.train, 0, range(6))
-    with pytest.raises(ProtocolError, match=r"no score was computed"):
+    with pytest.raises(ProtocolError, match=r"found no gradient"):
         run.manager.prepare_gradients()
     run.step(1)
     run.manager.attach_train_batch(*run.train, 2, range(6))
@@ -543,9 +543,9 @@ def test_settings_that_cannot_work_change_nothing(tmp_path: Path) -> None:
 def test_an_unknown_engine_lists_the_choices() -> None:
     model = mlp()
     with pytest.raises(
-        GhostConfigError, match=r"engine='gradprojlora' should be one of graddotprod, regular"
+        GhostConfigError, match=r"engine='ghost' should be one of graddotprod, gradprojlora, regular"
     ):
-        GhostEngineManager({"method": "GradProjLora"}, model, torch.optim.SGD(model.parameters(), lr=0.1))
+        GhostEngineManager({"method": "ghost"}, model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_a_model_whose_loss_is_unknown_is_asked_for_it() -> None:

@@ -348,7 +348,7 @@ def test_calls_out_of_order() -> None:
     with pytest.raises(ProtocolError, match=r"no step to collect"):
         engine.collect()
     engine.begin(*table(4), first=True, share=1.0)
-    with pytest.raises(ProtocolError, match=r"no score was computed"):
+    with pytest.raises(ProtocolError, match=r"found no gradient"):
         engine.collect()
 
 

@@ -8,6 +8,7 @@ only once a checked config is about to run.
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -50,12 +51,16 @@ class CheckBeforeRun(Callback):
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
         try:
-            check(tree)
+            self.check(tree)
             refuse_earlier_run(Path(config.hydra.run.dir), "hydra.run.dir")
         except RunnerError as error:
             _say(str(error))
             # Hydra turns any Exception of a callback into a warning; SystemExit ends the program.
             raise SystemExit(MISTAKE) from error
+
+    def check(self, config: DictConfig) -> None:
+        """Raises `ConfigError` for a config that cannot run as it stands."""
+        check(config)
 
 
 class Reported:
@@ -90,7 +95,7 @@ def job_end(exit_code: int) -> JobFailed | SystemExit:
 
 
 def task(cfg: DictConfig) -> float | None:
-    """One job: check, then run or report. Returns the final validation loss, for sweepers.
+    """One job: check, then run or report. Returns a training run's final validation loss, for sweepers.
 
     Raises `SystemExit` (single run) or `JobFailed` (sweep) after logging what went wrong.
     """
@@ -100,6 +105,11 @@ def task(cfg: DictConfig) -> float | None:
     from ghost.errors import GhostError
 
     with Reported(RunnerError, GhostError):
+        if cfg.dry_run and cfg.engine.name == "gradprojlora":
+            from runners.dryrun_projection import report_projection
+
+            report_projection(cfg)
+            return None
         if cfg.dry_run:
             from runners.dryrun import report
 
@@ -110,6 +120,11 @@ def task(cfg: DictConfig) -> float | None:
 
             if not verify_scores(cfg):
                 raise job_end(FAILED)
+            return None
+        if cfg.engine.name == "gradprojlora":
+            from runners.project import project
+
+            project(cfg)
             return None
         from runners.train import run
 
@@ -124,11 +139,16 @@ def refuse_earlier_run(directory: Path, key: str) -> None:
 
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code."""
+    return run_command("config", task)
+
+
+def run_command(config_name: str, task: Callable[[DictConfig], object]) -> int:
+    """Composes the config of that name from the command line, runs its jobs, and returns the exit code."""
     # Hydra's way to hand composition errors to the caller instead of printing its own blocks.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         register_experiment_files(sys.argv[1:], CONF_DIR / "experiment")
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
     except JobFailed as error:
         return error.exit_code
     except RunnerError as error:
@@ -137,6 +157,14 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         # Only from Hydra itself: `task` lets nothing but SystemExit and JobFailed through.
         _say(sentence(error, sys.argv[1:]))
+        return MISTAKE
+    except OSError as error:  # Hydra makes the run directory
+        if error.filename is None:
+            raise
+        _say(
+            f"{error.filename} cannot be written ({error.strerror}): choose another hydra.run.dir, or "
+            "hydra.sweep.dir with -m"
+        )
         return MISTAKE
     except KeyboardInterrupt:
         _say("Interrupted.")

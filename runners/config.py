@@ -25,8 +25,11 @@ from runners.choices import (
     InterpreterDomain,
     ModelKind,
     OptimizerName,
+    ProjectionKind,
     Resolution,
     Schedule,
+    ShardFormat,
+    StoredType,
     TaskName,
     TokenType,
     ValMode,
@@ -256,6 +259,29 @@ class RegularEngine(EngineConfig):
 
 
 @dataclass
+class GradProjLoRAEngine(EngineConfig):
+    """No training: every training sample's gradient, projected to a few numbers a parameter, into a store."""
+
+    name: EngineName = fixed(EngineName.gradprojlora)
+    rank_total: int = key("numbers kept of a matrix's gradient, about: k_out * k_in")
+    rank_min: int = key("fewest rows and columns kept of a matrix's gradient, where it has that many")
+    kind: ProjectionKind = key("how the projection matrices are drawn")
+    seed: int = key("seed of the projection matrices")
+    include_embeddings: bool = key("project embeddings and their tied heads too")
+    storage: StoredType = key("rows are written in this; int8: with a scale for each row")
+    format: ShardFormat = key("files of the store")
+    save_every: int = key("batches a shard; what a killed run loses at most, and computes again")
+    store: str | None = key(
+        "folder of the store, new or to go on with; null: RUN DIRECTORY/projections", None
+    )
+    world_size: int = key("runs that write one store together, each with its own engine.rank")
+    rank: int = key("which of them this is, from 0; each projects its part of the corpus")
+    distortion_samples: int = key(
+        "samples on which the error of projected inner products is measured; 0: none"
+    )
+
+
+@dataclass
 class LayersConfig:
     """Which layers are scored (all are trained): those included, not excluded, and of one of the families."""
 
@@ -328,6 +354,7 @@ class TrainerConfig:
     eval_batch_size: int = key("validation samples a batch in evaluations")
     flush_every: int = key("steps of scores kept in memory before a shard is written")
     compile: bool = key("torch.compile the model")
+    save_model: bool = key("write the trained weights to RUN DIRECTORY/model, for model.path of later runs")
     overhead_probes: int = key("plain passes timed beside scored ones to tell what scoring costs")
 
 
@@ -340,6 +367,7 @@ class TrackingConfig:
     experiment: str = key("name of the MLflow experiment")
     run_name: str | None = key("name of the MLflow run; null: the last two parts of the run directory", None)
     upload: bool = key("copy the run directory's files to the MLflow run")
+    upload_large: bool = key("copy saved weights and stores of projections too")
 
 
 # ---------------------------------------------------------------- the run
@@ -380,6 +408,7 @@ SCHEMAS: dict[str, type] = {
     "schema_data_digit_questions": DigitQuestionsData,
     "schema_data_table": TableData,
     "schema_engine_graddotprod": GradDotProdEngine,
+    "schema_engine_gradprojlora": GradProjLoRAEngine,
     "schema_engine_regular": RegularEngine,
     "schema_layers": LayersConfig,
     "schema_dtype": DtypeConfig,
@@ -391,7 +420,7 @@ SCHEMAS: dict[str, type] = {
 }
 
 
-def _node(schema: type) -> DictConfig:
+def schema_node(schema: type) -> DictConfig:
     """The schema as a config; free dictionaries take new keys, also once Hydra has closed the rest."""
     node = OmegaConf.structured(schema)
     for item in fields(schema):
@@ -401,4 +430,4 @@ def _node(schema: type) -> DictConfig:
 
 
 for _name, _schema in SCHEMAS.items():
-    ConfigStore.instance().store(name=_name, node=_node(_schema), provider="ghostrunner")
+    ConfigStore.instance().store(name=_name, node=schema_node(_schema), provider="ghostrunner")

@@ -18,6 +18,7 @@ from runners.kept import kept_values
 from runners.models import build_on_meta
 from runners.models.hf_config import DataFacts
 from runners.models.keys import CLASS_TASKS
+from runners.progress import readable
 from runners.tasks import model_task
 
 # Logits, their log-probabilities and their gradient live at once.
@@ -54,8 +55,8 @@ def report(cfg: DictConfig) -> None:
     for name, size in _work(cfg).items():
         table.add_row(name, size)
     for part in ("weights", "gradients", "optimizer", "activations", "logits", "scoring"):
-        table.add_row(f"memory: {part}", _readable(getattr(estimate, part)))
-    table.add_row("memory: total", f"{_readable(estimate.total)} and PyTorch itself")
+        table.add_row(f"memory: {part}", readable(getattr(estimate, part)))
+    table.add_row("memory: total", f"{readable(estimate.total)} and PyTorch itself")
     table.add_row("output directory", cfg.output_dir)
     Console().print(table)
 
@@ -72,19 +73,19 @@ def data_facts(cfg: DictConfig) -> DataFacts:
 def estimate_memory(cfg: DictConfig, model: nn.Module, facts: DataFacts) -> MemoryEstimate:
     """Memory of a training step, from the parameters' sizes and a forward pass of the step's rows."""
     sizes = [parameter.numel() for parameter in model.parameters()]
-    weight_bytes = _itemsize(cfg.dtype.model) * sum(sizes)
+    weight_bytes = itemsize(cfg.dtype.model) * sum(sizes)
     rows = _rows_at_once(cfg)
     kept, logits = kept_values(model, model_task(cfg.model), rows, facts.seq_len, facts.input_shape)
     if cfg.trainer.eval_only:
         # No backward: only the logits of one batch and their log-probabilities are alive.
-        return MemoryEstimate(weight_bytes, 0, 0, 0, logits * 2 * _logit_itemsize(cfg), 0)
+        return MemoryEstimate(weight_bytes, 0, 0, 0, logits * 2 * logit_itemsize(cfg), 0)
     return MemoryEstimate(
         weights=weight_bytes,
         gradients=weight_bytes,
         optimizer=weight_bytes * _optimizer_copies(cfg.optimizer),
-        activations=kept * _itemsize(cfg.dtype.autocast or cfg.dtype.model),
-        logits=logits * LOGIT_COPIES * _logit_itemsize(cfg),
-        scoring=_scoring_values(cfg, sizes) * _itemsize(cfg.dtype.score),
+        activations=kept * itemsize(cfg.dtype.autocast or cfg.dtype.model),
+        logits=logits * LOGIT_COPIES * logit_itemsize(cfg),
+        scoring=_scoring_values(cfg, sizes) * itemsize(cfg.dtype.score),
     )
 
 
@@ -140,14 +141,11 @@ def _work(cfg: DictConfig) -> dict[str, str]:
     return work
 
 
-def _itemsize(dtype: str) -> int:
+def itemsize(dtype: str) -> int:
+    """Bytes of a number in the format that torch calls by this name."""
     return getattr(torch, dtype).itemsize
 
 
-def _logit_itemsize(cfg: DictConfig) -> int:
-    # Losses are taken in float32 or more, whatever the model's format.
-    return max(4, _itemsize(cfg.dtype.model))
-
-
-def _readable(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+def logit_itemsize(cfg: DictConfig) -> int:
+    """Bytes of a logit where the loss is taken: in float32 or more, whatever the model's format."""
+    return max(4, itemsize(cfg.dtype.model))

@@ -59,6 +59,8 @@ def _hydra_error(message: str, arguments: Sequence[str]) -> str:
         return f"{several[1]} has several values: add -m for one run each, or write [...] for a list"
     if twice := re.match(r"Multiple values for (\S+)\.", message):
         return f"{twice[1]} has two values: type {twice[1]}=CHOICE once, without +"
+    if absent := re.match(r"Could not override '(.*)'\. No match in the defaults list", message):
+        return f"{absent[1]} is no group of this command, see --help"
     if message.startswith("Config group override must be"):
         numbers = re.compile(rf"({'|'.join(GROUPS)})=([-+.\d]+|null|true|false)", re.IGNORECASE)
         culprits = [argument for argument in arguments if numbers.fullmatch(argument)]

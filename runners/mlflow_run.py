@@ -99,13 +99,13 @@ class MlflowRun:
             )
         self._next_flush = time.monotonic() + (_RETRY_SECONDS if self._store_failed else _FLUSH_SECONDS)
 
-    def upload(self, path: Path) -> None:
-        """Copy a file, or a directory's files, to the run's artifacts."""
+    def upload(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file, or a directory's files, to the run's artifacts, or to a folder of them."""
         from mlflow.exceptions import MlflowException
 
         send = self.store.client.log_artifacts if path.is_dir() else self.store.client.log_artifact
         try:
-            send(self.run_id, str(path))
+            send(self.run_id, str(path), folder)
         except (MlflowException, OSError) as error:
             log.error("not uploaded, but still in %s: %s", path, one_line(error))
 

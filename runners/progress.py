@@ -64,16 +64,21 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class StatusLine:
-    """Shows each step's progress; a context manager around the training loop.
+def readable(size: int) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
-    On a terminal it is one live line, and log records that go to the console appear above it. Elsewhere it is
-    a log record every tenth of the run. Rate and ETA leave out the first two steps. The overhead is shown as
-    a percentage of a step without scoring.
+
+class LiveLine:
+    """A context manager around a loop: on a terminal one live line, elsewhere a log record every tenth of it.
+
+    Log records that go to the console appear above the live line.
     """
 
-    def __init__(self, total_steps: int, stream: IO[str]) -> None:
-        self.total_steps = total_steps
+    def __init__(self, total: int, noun: str, stream: IO[str]) -> None:
+        """`total`: of what is counted; `noun`: what a log record calls one of it."""
+        self.total = total
+        self._noun = noun
         self._console = Console(file=stream)
         # A pipe gets log lines whatever rich's own variables (FORCE_COLOR) say about colours.
         self._live = stream.isatty() and not self._console.is_dumb_terminal
@@ -81,9 +86,8 @@ class StatusLine:
         self._task = TaskID(0)
         self._scope = ExitStack()
         self._updates = 0
+        self._tenths: int | None = None
         self._rate_from: tuple[int, float] | None = None
-        self._val_loss: float | None = None
-        self._overhead: float | None = None
 
     def __enter__(self) -> Self:
         if self._live:
@@ -96,7 +100,7 @@ class StatusLine:
                 expand=True,
                 refresh_per_second=4,
             )
-            self._task = self._progress.add_task("", total=self.total_steps, timing="ETA -:--", numbers="")
+            self._task = self._progress.add_task("", total=self.total, timing="ETA -:--", numbers="")
             self._scope.enter_context(self._progress)
             self._send_logs_above_the_bar()
         return self
@@ -106,6 +110,56 @@ class StatusLine:
     ) -> None:
         self._scope.close()
         self._progress = None
+
+    def _show(self, done: int, timing: str, numbers: str) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, timing=timing, numbers=numbers)
+            return
+        if self._tenths is None:  # a run that goes on with another starts anywhere
+            self._tenths = (done - 1) * _REPORTS // self.total
+        tenths = done * _REPORTS // self.total
+        if tenths > self._tenths:
+            self._tenths = tenths
+            log.info("%s %d/%d  %s  %s", self._noun, done, self.total, timing, numbers)
+
+    def _measure_rate(self, done: int) -> float | None:
+        """What is done in a second, without the first two updates; None while it is unknown."""
+        now = time.monotonic()
+        self._updates += 1
+        if self._rate_from is None:
+            if self._updates == _WARM_UP:
+                self._rate_from = (done, now)
+            return None
+        first, since = self._rate_from
+        return (done - first) / max(now - since, 1e-9)
+
+    def _send_logs_above_the_bar(self) -> None:
+        """Point console log handlers at the bar's console until it ends.
+
+        A handler keeps the stream that it was made with, so rich's own redirection of `sys.stdout` and
+        `sys.stderr` does not reach it, and its records would be written into the middle of the bar.
+        """
+        for handler in logging.getLogger().handlers:
+            if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+                continue
+            stream = handler.stream
+            if isinstance(stream, FileProxy) or not stream.isatty():
+                continue
+            handler.setStream(FileProxy(self._console, stream))
+            self._scope.callback(handler.setStream, stream)
+
+
+class StatusLine(LiveLine):
+    """The progress of training, counted in steps.
+
+    Rate and ETA leave out the first two steps. The overhead is shown as a percentage of a step without
+    scoring.
+    """
+
+    def __init__(self, total_steps: int, stream: IO[str]) -> None:
+        super().__init__(total_steps, "step", stream)
+        self._val_loss: float | None = None
+        self._overhead: float | None = None
 
     def update(
         self, step: int, loss: float, val_loss: float | None, overhead: float | None, memory_bytes: int
@@ -123,35 +177,28 @@ class StatusLine:
         self._val_loss = self._val_loss if val_loss is None else val_loss
         self._overhead = self._overhead if overhead is None else overhead
         rate = self._measure_rate(step)
-        status = Status(step, self.total_steps, loss, self._val_loss, self._overhead, memory_bytes, rate)
-        if self._progress is not None:
-            self._progress.update(
-                self._task, completed=step, timing=status.timing(), numbers=status.numbers()
-            )
-        elif step == self.total_steps or step % max(1, self.total_steps // _REPORTS) == 0:
-            log.info("step %d/%d  %s  %s", step, self.total_steps, status.timing(), status.numbers())
+        status = Status(step, self.total, loss, self._val_loss, self._overhead, memory_bytes, rate)
+        self._show(step, status.timing(), status.numbers())
 
-    def _measure_rate(self, step: int) -> float | None:
-        now = time.monotonic()
-        self._updates += 1
-        if self._rate_from is None:
-            if self._updates == _WARM_UP:
-                self._rate_from = (step, now)
-            return None
-        first, since = self._rate_from
-        return (step - first) / max(now - since, 1e-9)
 
-    def _send_logs_above_the_bar(self) -> None:
-        """Point console log handlers at the bar's console until it ends.
+class ProjectionLine(LiveLine):
+    """The progress of a projection pass, counted in samples."""
 
-        A handler keeps the stream that it was made with, so rich's own redirection of `sys.stdout` and
-        `sys.stderr` does not reach it, and its records would be written into the middle of the bar.
+    def __init__(self, total_samples: int, stream: IO[str]) -> None:
+        super().__init__(total_samples, "sample", stream)
+
+    def update(self, samples: int, written_bytes: int, memory_bytes: int) -> float | None:
+        """Show the state after a batch; returns samples a second, None while the rate is unknown.
+
+        Args:
+            samples: how many are projected, those of an earlier, interrupted run among them.
+            written_bytes: what is on disk.
+            memory_bytes: memory in use.
         """
-        for handler in logging.getLogger().handlers:
-            if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
-                continue
-            stream = handler.stream
-            if isinstance(stream, FileProxy) or not stream.isatty():
-                continue
-            handler.setStream(FileProxy(self._console, stream))
-            self._scope.callback(handler.setStream, stream)
+        rate = self._measure_rate(samples)
+        timing = "ETA -:--"
+        if rate:
+            timing = f"{rate:,.1f} samples/s  ETA {duration((self.total - samples) / rate)}"
+        numbers = f"{written_bytes / 1e9:.3f} GB written  memory {memory_bytes / 1e9:.1f} GB"
+        self._show(samples, timing, numbers)
+        return rate

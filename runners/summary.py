@@ -13,7 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 _SHOWN = 5  # samples at either end
-_ARTIFACTS = {"Values": "values.parquet", "Scores": "scores", "Plots": "plots", "Metrics": "metrics.jsonl"}
+_ARTIFACTS = {
+    "Values": "values.parquet",
+    "Scores": "scores",
+    "Plots": "plots",
+    "Metrics": "metrics.jsonl",
+    "Weights": "model",
+}
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,12 @@ def print_summary(
             console.print(_sample_table(bottom, harmful, previews))
         console.print(_domain_table(domain_values(finite)))
     if len(finite) < len(rows):
-        _line(console, f"{len(rows) - len(finite)} samples have no finite value and are left out above.")
+        print_line(console, f"{len(rows) - len(finite)} samples have no finite value and are left out above.")
     for note in notes:
-        _line(console, note)
-    _print_ways_on(console, run_dir, ui_command, run_url, replay_command)
+        print_line(console, note)
+    ways = {"Run directory": str(run_dir)}
+    ways |= {label: str(run_dir / name) for label, name in _ARTIFACTS.items() if (run_dir / name).exists()}
+    print_ways_on(console, {**ways, "Run it again": replay_command}, ui_command, run_url)
 
 
 def split_ends(rows: Sequence[SampleValue]) -> tuple[list[SampleValue], list[SampleValue]]:
@@ -138,20 +146,19 @@ def _domain_table(domains: Iterable[DomainValue]) -> Table:
     return table
 
 
-def _print_ways_on(
-    console: Console, run_dir: Path, ui_command: str | None, run_url: str | None, replay_command: str
+def print_ways_on(
+    console: Console, ways: Mapping[str, str], ui_command: str | None, run_url: str | None
 ) -> None:
-    ways = {"Run directory": str(run_dir)}
-    ways |= {label: str(run_dir / name) for label, name in _ARTIFACTS.items() if (run_dir / name).exists()}
-    ways["Run it again"] = replay_command
+    """Print paths and commands by label, then where to look at the run's record."""
+    ways = dict(ways)
     if ui_command is not None:
         ways["Open MLflow"] = ui_command
     if run_url is not None:
         ways["This run's page"] = run_url
     for label, text in ways.items():
-        _line(console, f"{label:<16} {text}")
+        print_line(console, f"{label:<16} {text}")
 
 
-def _line(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
     """Print without markup and without breaking lines, so that commands and links can be copied whole."""
     console.print(Text(text), soft_wrap=True, highlight=False)

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 _UI_PORT = 5000
 
+MODEL_FOLDER, STORE_FOLDER = "model", "projections"
+"""Folders of a run directory that are not uploaded with its other files."""
+
 
 def build_tracker(
     tracking_cfg: DictConfig,
@@ -94,7 +97,14 @@ class NullTracker:
         self._metrics.append(step, {name: float(value) for name, value in values.items()})
 
     def log_artifacts(self, directory: Path) -> None:
-        """Copy a directory's files to the run's artifacts."""
+        """Copy a directory's files to the run's artifacts, but for saved weights and stores of projections
+        unless `tracking.upload_large` asks for them.
+        """
+
+    def log_store(self, directory: Path) -> None:
+        """Copy a store's manifest to the artifacts' folder `projections`; with `tracking.upload_large` all
+        of it.
+        """
 
     def finish(self) -> None:
         """End the run as FINISHED; a second call does nothing."""
@@ -186,10 +196,20 @@ class Tracker(NullTracker):
 
     def log_artifacts(self, directory: Path) -> None:
         """Upload a directory's files to the run; with `tracking.upload=false` they stay where they are."""
-        if self._cfg.upload:
-            self._running().upload(directory)
-        else:
+        if not self._cfg.upload:
             log.info("tracking.upload=false: the artifacts stay in %s", directory)
+            return
+        left_out = {STORE_FOLDER} if self._cfg.upload_large else {STORE_FOLDER, MODEL_FOLDER}
+        for path in sorted(directory.iterdir()):
+            if path.name not in left_out:
+                self._running().upload(path, path.name if path.is_dir() else None)
+            elif path.name == MODEL_FOLDER:
+                log.info("tracking.upload_large=false: the weights stay in %s", path)
+
+    def log_store(self, directory: Path) -> None:
+        if self._cfg.upload:
+            what = directory if self._cfg.upload_large else directory / "manifest.json"
+            self._running().upload(what, STORE_FOLDER)
 
     def finish(self) -> None:
         """Send what is pending and end the run as FINISHED; a second call does nothing."""

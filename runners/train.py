@@ -19,21 +19,23 @@ from torch import nn
 from analysis.errors import AnalysisError
 from analysis.plots import plot_run
 from analysis.runs import score_note
-from ghost import GhostConfig, GhostEngineManager, Selection
+from ghost import GhostConfig, GhostEngineManager
 from ghost.batch import take_rows
 from ghost.coverage import coverage, coverage_lines
+from runners.checkpoint import save_model
 from runners.data import build_data
 from runners.data.base import DataBundle
 from runners.data.loader import train_batches, val_batch, val_batches_by_domain, write_samples
 from runners.environment import device_description, git_state, versions
 from runners.errors import ConfigError
+from runners.layers import layer_selection
 from runners.loop import VAL_LOSS, TrainingLoop, evaluate
 from runners.losses import Task, build_task
 from runners.models import build_model, parameter_dtype, place
 from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
 from runners.summary import print_summary, replay_command
-from runners.tracking import NullTracker, build_tracker, flatten
+from runners.tracking import MODEL_FOLDER, NullTracker, build_tracker, flatten
 from runners.values import VALUES_FILE, VALUES_SCHEMA, write_columns, write_values
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ def run(cfg: DictConfig) -> float:
         else:
             val_loss = train(cfg, out, model, data, device, tracker)
             write_results(cfg, out, data)
+            if cfg.trainer.save_model:
+                save_model(model, out / MODEL_FOLDER)
         tracker.log_artifacts(out)
         tracker.finish()
         if not cfg.trainer.eval_only:
@@ -100,7 +104,7 @@ def record_setup(
     """Start the record: resolved config, code state, versions, device, seed and data."""
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     OmegaConf.save(OmegaConf.create(resolved), out / "config.yaml")
-    write_samples(data, out / "samples.parquet")
+    write_samples({"train": data.train, "val": data.val}, out / "samples.parquet")
     git = git_state(PROJECT)
     if git.diff:
         (out / "git.diff").write_text(git.diff, encoding="utf-8")
@@ -186,12 +190,7 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
         "strict": cfg.engine.strict,
         "algebra": str(cfg.engine.algebra),
         "loss_reduction": task.reduction.value,
-        "selection": Selection(
-            include=tuple(cfg.layers.include),
-            exclude=tuple(cfg.layers.exclude),
-            families=tuple(str(f) for f in cfg.layers.families),
-            blocks=tuple(cfg.layers.blocks),
-        ),
+        "selection": layer_selection(cfg.layers),
         "score_dtype": getattr(torch, cfg.dtype.score),
         "storage_dtype": getattr(torch, cfg.dtype.storage),
         "gradient_accumulation_steps": cfg.trainer.gradient_accumulation_steps,

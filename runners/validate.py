@@ -17,6 +17,7 @@ from runners.hydra_errors import suggestion
 from runners.refuse import refuse as _refuse
 from runners.tasks import refuse_other_task
 from runners.validate_data import check_data
+from runners.validate_projection import check_projection
 
 # Whole numbers and their smallest sensible value; null is allowed where the schema allows it.
 SMALLEST = {
@@ -32,6 +33,13 @@ SMALLEST = {
     "data.vocab_size": 2,
     "engine.val_batch_size": 1,
     "engine.val_every": 1,
+    "engine.rank_total": 1,
+    "engine.rank_min": 1,
+    "engine.seed": 0,
+    "engine.save_every": 1,
+    "engine.world_size": 1,
+    "engine.rank": 0,
+    "engine.distortion_samples": 0,
     "hardware.threads": 1,
     "trainer.max_steps": 1,
     "trainer.batch_size": 1,
@@ -52,6 +60,22 @@ FRACTIONS = (  # in [0, 1)
 
 def check(cfg: DictConfig) -> None:
     """Raises `ConfigError` for a composed config (Hydra's own node removed) that cannot run as it stands."""
+    _untrained(cfg)
+    ENGINES[cfg.engine.name](cfg)
+    _optimizer(cfg)
+    if cfg.engine.name != "gradprojlora":
+        _trainer(cfg)
+    _verify(cfg)
+    _model(cfg)
+
+
+def check_untrained(cfg: DictConfig) -> None:
+    """The same of a command that has neither an engine, an optimizer nor a trainer."""
+    _untrained(cfg)
+    _model(cfg)
+
+
+def _untrained(cfg: DictConfig) -> None:
     _keys_known(cfg, prefix="")
     _keys_given(cfg)
     _choices_kept(cfg)
@@ -59,17 +83,9 @@ def check(cfg: DictConfig) -> None:
     _numbers(cfg)
     check_data(cfg)
     refuse_other_task(cfg)
-    if cfg.engine.name == "graddotprod":
-        _graddotprod(cfg)
-    else:
-        _regular(cfg)
     _layers(cfg)
     _dtype(cfg)
-    _optimizer(cfg)
-    _trainer(cfg)
-    _verify(cfg)
     _tracking(cfg)
-    _model(cfg)
 
 
 def _keys_known(cfg: DictConfig, prefix: str) -> None:
@@ -143,6 +159,8 @@ def _model(cfg: DictConfig) -> None:
 def _choices_kept(cfg: DictConfig) -> None:
     """The key that tells a group's choices apart does not change the choice: its other keys would not fit."""
     for group in ("model", "data", "engine", "optimizer"):
+        if group not in cfg:
+            continue
         schema = OmegaConf.get_type(cfg[group])
         for item in fields(schema) if is_dataclass(schema) else ():
             if item.metadata.get("fixed") and cfg[group][item.name] != item.default:
@@ -184,6 +202,9 @@ def _regular(cfg: DictConfig) -> None:
         )
     if cfg.preview:
         _refuse(cfg, "preview", "has no effect with engine=regular, which values nothing: type preview=false")
+
+
+ENGINES = {"graddotprod": _graddotprod, "gradprojlora": check_projection, "regular": _regular}
 
 
 def _layers(cfg: DictConfig) -> None:
@@ -250,6 +271,12 @@ def _trainer(cfg: DictConfig) -> None:
             "trainer.warmup_steps",
             f"is more than trainer.max_steps={trainer.max_steps}: type that or less",
         )
+    if trainer.save_model and cfg.model.kind != "hf":
+        _refuse(
+            cfg,
+            "trainer.save_model",
+            f"has no use for model={cfg.model.name}, which has no model.path to load them by: type false",
+        )
     train_samples = OmegaConf.select(cfg, "data.train_samples")
     if train_samples is not None and trainer.batch_size > train_samples:
         _refuse(
@@ -264,6 +291,7 @@ def _eval_only(cfg: DictConfig) -> None:
     idle: dict[str, object] = {
         "preview": False,
         "trainer.compile": False,
+        "trainer.save_model": False,
         "engine.bitwise": False,
         "layers.include": ["*"],
         "layers.exclude": [],
@@ -295,6 +323,8 @@ def _verify(cfg: DictConfig) -> None:
 
 def _tracking(cfg: DictConfig) -> None:
     tracking = cfg.tracking
+    if tracking.upload_large and not tracking.upload:
+        _refuse(cfg, "tracking.upload_large", "has no effect with tracking.upload=false: type false")
     if tracking.enabled:
         return
     for key in ("uri", "run_name"):

@@ -34,7 +34,7 @@ def verify_scores(cfg: DictConfig) -> bool:
     out = Path(cfg.output_dir)
     found = _verification(cfg, out)
     (out / "verify.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
-    _print_whole(_table(found))
+    print_whole(_table(found))
     for remark in found.remarks():
         log.info("%s", remark)
     log.log(logging.INFO if found.passed else logging.ERROR, "%s", found.summary())
@@ -57,7 +57,7 @@ def _verification(cfg: DictConfig, out: Path) -> Verification:
     )  # fmt: skip
 
 
-def _print_whole(table: Table) -> None:
+def print_whole(table: Table) -> None:
     """Print a table as wide as it is: names folded letter by letter could not be read, nor searched for."""
     console = Console()
     needed = console.measure(table, options=console.options.update(width=1_000)).maximum

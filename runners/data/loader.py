@@ -1,7 +1,7 @@
 """Batches from sample sets: an endless training stream that can start anywhere, and validation in order."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ghost.batch import Items
 from ghost.loss import IGNORED_LABEL
-from runners.data.base import Batch, DataBundle, Inputs, Item, Layout, SampleInputs, SampleSet
+from runners.data.base import Batch, Inputs, Item, Layout, SampleInputs, SampleSet
 from runners.errors import ConfigError
 
 ROWS_PER_WRITE = 65_536
@@ -82,6 +82,22 @@ def eval_batches(samples: SampleSet, batch_size: int) -> Iterator[Batch]:
     for start in range(0, len(samples), batch_size):
         rows = range(start, min(start + batch_size, len(samples)))
         yield collate([samples[i] for i in rows], samples.layout)
+
+
+def ordered_batches(samples: SampleSet, batch_size: int, numbers: range, num_workers: int) -> Iterator[Batch]:
+    """The batches of these numbers among all of the samples in order; the last of all may be short."""
+    rows = [
+        list(range(number * batch_size, min((number + 1) * batch_size, len(samples)))) for number in numbers
+    ]
+    return iter(
+        DataLoader(
+            samples,
+            batch_sampler=rows,
+            num_workers=num_workers,
+            collate_fn=partial(collate, layout=samples.layout),
+            generator=torch.Generator(),
+        )
+    )
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -152,12 +168,14 @@ def _padded(rows: Sequence[torch.Tensor], width: int, value: int) -> torch.Tenso
     return padded
 
 
-def write_samples(bundle: DataBundle, path: Path) -> None:
-    """Writes a Parquet row (`index`, `sample_id`, `domain`, `split`) for every sample, atomically."""
+def write_samples(sets: Mapping[str, SampleSet], path: Path) -> None:
+    """Writes a Parquet row (`index`, `sample_id`, `domain`, `split`) for every sample of the sets, which go
+    by the name of their split; atomically.
+    """
     partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with pq.ParquetWriter(partial_path, SAMPLES_SCHEMA) as writer:
-            for split, samples in (("train", bundle.train), ("val", bundle.val)):
+            for split, samples in sets.items():
                 for start in range(0, len(samples), ROWS_PER_WRITE):
                     writer.write_batch(_sample_rows(samples, split, start))
         partial_path.replace(path)

@@ -62,6 +62,8 @@ class Fields:
     domain: str | None
     id: str | None
     fixed_domain: str | None
+    group: str = "data"
+    """Whose keys these are: `data.text_field`."""
 
     def named(self) -> dict[str, str]:
         """The fields that rows must have, by their configuration keys."""
@@ -118,10 +120,9 @@ def read_records(files: Iterable[TextFile], fields: Fields) -> Iterator[Record]:
             seen.add(full_id)
             yield record
     if unread:
-        log.info(
-            "Fields that are not read: %s (data.domain_field and data.id_field can name one).",
-            ", ".join(sorted(unread)),
-        )
+        names = ", ".join(sorted(unread))
+        hint = " (data.domain_field and data.id_field can name one)" if fields.group == "data" else ""
+        log.info("Fields that are not read: %s%s.", names, hint)
 
 
 def _files_below(root: Path) -> list[TextFile]:
@@ -176,7 +177,7 @@ def _read_parquet(file: TextFile, fields: Fields) -> Iterator[Record]:
         table = pq.ParquetFile(file.path)
         for key, field in fields.named().items():
             if field not in table.schema_arrow.names:
-                raise _missing(str(file.path), field, key, table.schema_arrow.names)
+                raise _missing(str(file.path), field, key, table.schema_arrow.names, fields.group)
         columns = sorted(set(fields.named().values()))
         for batch in table.iter_batches(batch_size=ROWS_PER_READ, columns=columns):
             for values in batch.to_pylist():
@@ -249,14 +250,17 @@ def _record(row: _Row, fields: Fields) -> Record:
     values = {key: row.values.get(field) for key, field in fields.named().items()}
     for key, value in values.items():
         if value is None:
-            raise _missing(str(row), fields.named()[key], key, row.values)
+            raise _missing(str(row), fields.named()[key], key, row.values, fields.group)
     text = values["text_field"]
     if not isinstance(text, str):
         raise DataError(
-            f"{row}: the field {fields.text!r} (data.text_field) is not text but {type(text).__name__}."
+            f"{row}: the field {fields.text!r} ({fields.group}.text_field) is not text but "
+            f"{type(text).__name__}."
         )
     if not text.strip():
-        raise DataError(f"{row}: the field {fields.text!r} (data.text_field) is empty; remove the row.")
+        raise DataError(
+            f"{row}: the field {fields.text!r} ({fields.group}.text_field) is empty; remove the row."
+        )
     domain = str(values.get("domain_field", fields.fixed_domain or row.file.stem))
     name = str(values.get("id_field", f"{row.file.name}:{row.number}"))
     try:
@@ -266,9 +270,9 @@ def _record(row: _Row, fields: Fields) -> Record:
     return Record(domain, name, text, row.file, row.share_read)
 
 
-def _missing(where: str, field: str, key: str, present: Iterable[str]) -> DataError:
-    hint = "" if key == "text_field" else f", or data.{key}=null"
+def _missing(where: str, field: str, key: str, present: Iterable[str], group: str) -> DataError:
+    hint = "" if key == "text_field" else f", or {group}.{key}=null"
     return DataError(
-        f"{where} has no value for {field!r} (data.{key}); its fields are "
-        f"{', '.join(sorted(present)) or 'none'}: set data.{key} to one of them{hint}."
+        f"{where} has no value for {field!r} ({group}.{key}); its fields are "
+        f"{', '.join(sorted(present)) or 'none'}: set {group}.{key} to one of them{hint}."
     )

@@ -90,6 +90,17 @@ def test_a_run_writes_its_log_in_its_directory(line: Line, trained: list[DictCon
     assert Path.cwd() == tmp_path
 
 
+def test_a_directory_that_cannot_be_made_is_one_line(
+    line: Line, trained: list[DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert line("hydra.run.dir=file/run") == cli.MISTAKE
+    said = capsys.readouterr().err
+    assert said.startswith("file/run cannot be written (Not a directory): choose another hydra.run.dir")
+    assert len(said.splitlines()) == 1
+    assert not trained
+
+
 def test_a_mistake_in_the_data_is_one_logged_sentence(
     line: Line, trained: list[DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,7 +246,7 @@ def test_completion_offers_choices(
 ) -> None:
     monkeypatch.setenv("COMP_LINE", "python run.py engine=")
     assert line("-sc", "query=bash") == 0
-    assert capsys.readouterr().out.split() == ["engine=graddotprod", "engine=regular"]
+    assert capsys.readouterr().out.split() == ["engine=graddotprod", "engine=gradprojlora", "engine=regular"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["engine.bitwise=true"]])

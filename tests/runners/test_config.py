@@ -79,7 +79,7 @@ def test_every_choice_composes_and_passes(choice: str) -> None:
     if group == "model":
         assert cfg.model.name == (name if name != "hf" else "llama")
     elif group in ("data", "engine", "optimizer"):
-        kind = cfg[group].get("kind") or cfg[group].name
+        kind = cfg[group].name if group == "engine" else cfg[group].get("kind") or cfg[group].name
         assert kind == name.partition("-")[0]
 
 
@@ -185,6 +185,24 @@ REFUSED = {
     "engine.val_batch_size=31": ["engine.val_batch_size=31", "data.val_samples=30"],
     "engine=regular layers=attn": ["layers.families=[attn]", "layers=all"],
     "engine=regular preview=true": ["preview=true", "preview=false"],
+    "engine=gradprojlora trainer.eval_only=true": ["trainer.eval_only=true", "engine=gradprojlora", "=false"],
+    "engine=gradprojlora trainer.save_model=true": ["trainer.save_model=true", "trainer.save_model=false"],
+    "engine=gradprojlora trainer.compile=true": ["trainer.compile=true", "trainer.compile=false"],
+    "engine=gradprojlora trainer.gradient_accumulation_steps=2": ["steps=2", "steps=1"],
+    "engine=gradprojlora verify=true": ["verify=true", "engine=gradprojlora", "type engine=graddotprod"],
+    "engine=gradprojlora dtype=fp16_mixed": ["dtype.autocast=float16", "type dtype=bf16_mixed"],
+    "engine=gradprojlora dtype.storage=bfloat16": ["dtype.storage=bfloat16", "engine.storage=bfloat16"],
+    "engine=gradprojlora engine.rank_min=17": ["engine.rank_min=17", "289", "engine.rank_total=256"],
+    "engine=gradprojlora engine.rank_total=0": ["engine.rank_total=0", "engine.rank_total=1"],
+    "engine=gradprojlora engine.rank=1": ["engine.rank=1", "engine.world_size=1", "engine.rank=0"],
+    "engine=gradprojlora dtype.score=float64": ["dtype.score=float64", "no", "dtype.score=float32"],
+    "engine=gradprojlora engine.rank=-1": ["engine.rank=-1", "engine.rank=0"],
+    "engine=gradprojlora engine.world_size=4": ["engine.store=null", "engine.world_size=4", "share"],
+    "engine=gradprojlora engine.store=''": ["engine.store= names nothing"],
+    "engine=gradprojlora engine.distortion_samples=1": ["engine.distortion_samples=1", "3 or more"],
+    "model=mlp data=digits trainer.save_model=true": ["trainer.save_model=true", "model=mlp", "model.path"],
+    "trainer.eval_only=true trainer.save_model=true": ["trainer.save_model=true", "trainer.save_model=false"],
+    "tracking=none tracking.upload_large=true": ["tracking.upload_large=true", "tracking.upload=false"],
     "layers.include=[]": ["layers.include=[]"],
     "layers.exclude=['']": ["layers.exclude=[]", "empty pattern"],
     "dtype=fp64 dtype.autocast=bfloat16": ["dtype.model=float64", "dtype.autocast=null"],
@@ -249,6 +267,9 @@ ALLOWED = [
     "model.path=somewhere data.seq_len=2048",
     "data=text data.path=x trainer.batch_size=513",
     "engine.val_batch_size=30",
+    "engine=gradprojlora layers=attn preview=true dtype=fp64 trainer.batch_size=513",
+    "engine=gradprojlora engine.world_size=4 engine.rank=3 engine.store=x engine.storage=int8",
+    "trainer.save_model=true",
 ]
 
 

@@ -118,7 +118,7 @@ def bundle():
 def test_the_sample_table_maps_indices_to_ids_and_domains(tmp_path):
     path = tmp_path / "samples.parquet"
     path.write_text("an older file")
-    write_samples(bundle(), path)
+    write_samples({"train": bundle().train, "val": bundle().val}, path)
     table = pq.read_table(path)
     assert table.schema.names == ["index", "sample_id", "domain", "split"]
     assert str(table.schema.field("index").type) == "int64"
@@ -137,7 +137,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     broken = bundle()
     monkeypatch.setattr(broken.val, "domains", ["even"])
     with pytest.raises(IndexError):
-        write_samples(broken, path)
+        write_samples({"train": broken.train, "val": broken.val}, path)
     assert path.read_text() == "an older file"
     assert [file.name for file in tmp_path.iterdir()] == ["samples.parquet"]
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from runners import progress
-from runners.progress import StatusLine, duration
+from runners.progress import ProjectionLine, StatusLine, duration, readable
 
 
 class Terminal(io.StringIO):
@@ -129,3 +129,29 @@ def test_error_inside_the_loop_leaves_the_terminal_usable(terminal: Terminal) ->
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_projection_counts_samples(caplog: pytest.LogCaptureFixture, clock: list[float]) -> None:
+    with caplog.at_level(logging.INFO), ProjectionLine(1000, io.StringIO()) as line:
+        for batch in range(1, 126):
+            clock.append(clock[-1] + (9.0 if batch <= 2 else 0.5))
+            line.update(8 * batch, 10**7 * batch, 3_100_000_000)
+    assert len(caplog.messages) == 10
+    assert caplog.messages[0] == (
+        "sample 104/1000  16.0 samples/s  ETA 0:56  0.130 GB written  memory 3.1 GB"
+    )
+    assert caplog.messages[-1].startswith("sample 1000/1000  16.0 samples/s  ETA 0:00  1.250 GB written")
+
+
+def test_a_projection_that_goes_on_measures_its_own_samples(
+    caplog: pytest.LogCaptureFixture, clock: list[float]
+) -> None:
+    with caplog.at_level(logging.INFO), ProjectionLine(1000, io.StringIO()) as line:
+        for batch in range(100, 104):
+            clock.append(clock[-1] + 2.0)
+            line.update(8 * batch, 0, 0)
+    assert [message.split("  ")[:2] for message in caplog.messages] == [["sample 800/1000", "ETA -:--"]]
+
+
+def test_sizes_are_readable() -> None:
+    assert (readable(3 << 19), readable(5 << 29)) == ("1.5 MiB", "2.50 GiB")

@@ -36,7 +36,14 @@ def make_tracker(tracked_cwd: Path) -> MakeTracker:
 
 
 def config(**changes: object) -> DictConfig:
-    defaults = {"enabled": True, "uri": None, "experiment": "test", "run_name": None, "upload": True}
+    defaults = {
+        "enabled": True,
+        "uri": None,
+        "experiment": "test",
+        "run_name": None,
+        "upload": True,
+        "upload_large": False,
+    }
     return OmegaConf.create(defaults | changes)
 
 

@@ -1,0 +1,211 @@
+"""A projection run: one pass over the training samples at a fixed checkpoint, into a store."""
+
+import logging
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ghost import GhostConfig, GradProjLoRAEngine, ProjectionStore
+from ghost.store import StoreWriter
+from runners.data import build_data
+from runners.data.base import DataBundle, SampleSet
+from runners.data.loader import ordered_batches
+from runners.environment import peak_memory_bytes
+from runners.errors import ConfigError
+from runners.layers import layer_selection
+from runners.losses import Task, build_task
+from runners.progress import ProjectionLine, readable
+from runners.project_summary import measure_distortion, show_projection, typed_overrides
+from runners.projection_store import describe_store, open_writer, refuse_other_store, row_bytes, store_folder
+from runners.summary import replay_command
+from runners.tracking import NullTracker, build_tracker
+from runners.train import build_placed, prepare_machine, record_setup
+
+log = logging.getLogger(__name__)
+
+
+def project(cfg: DictConfig) -> None:
+    """Project this rank's part of the training samples, from where the store ends.
+
+    Raises:
+        ConfigError, DataError, GhostError: The config, the data, the model or the store cannot work.
+    """
+    out, folder = Path(cfg.output_dir), store_folder(cfg)
+    device = prepare_machine(cfg)
+    refuse_other_store(cfg, folder)
+    with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
+        data = build_data(cfg.data, cfg.seed)
+        log.info("%s", data.description)
+        part = part_of(len(data.train), cfg.trainer.batch_size, cfg.engine.rank, cfg.engine.world_size)
+        # In evaluation mode: with dropout a row would depend on the random numbers of the pass.
+        model = build_placed(cfg, data, device).eval()
+        if OmegaConf.select(cfg, "model.path") is None:
+            place = "model.path=null" if cfg.model.kind == "hf" else f"model={cfg.model.name}"
+            log.warning("%s: these are gradients at a random start (seed=%d).", place, cfg.seed)
+        task = build_task(cfg, device)
+        engine = GradProjLoRAEngine(model, projection_config(cfg, task))
+        log_left_out(engine)
+        writer = open_writer(cfg, folder, engine, data)
+        with Resumable(cfg, folder), writer:
+            warn_of_space(folder, len(data.train) * row_bytes(engine.layout, str(cfg.engine.storage)))
+            describe_store(cfg, folder, data, OmegaConf.select(cfg, "data.seq_len"))
+            record_setup(cfg, out, device, data, tracker)
+            Projection(cfg, engine, task, writer, tracker, data.train, part).run()
+        finish(cfg, out, folder, engine, data, task, tracker, last_step=len(part))
+
+
+def part_of(samples: int, batch_size: int, rank: int, world_size: int) -> range:
+    """The numbers of the batches that a rank projects: ranks follow each other through the corpus.
+
+    Raises:
+        ConfigError: There are fewer batches than ranks.
+    """
+    batches = -(-samples // batch_size)
+    if batches < world_size:
+        raise ConfigError(
+            f"engine.world_size={world_size} is more than the {batches} batches of trainer.batch_size="
+            f"{batch_size} in {samples} samples: type {batches} or less"
+        )
+    return range(batches * rank // world_size, batches * (rank + 1) // world_size)
+
+
+def projection_config(cfg: DictConfig, task: Task) -> GhostConfig:
+    """The engine's settings."""
+    settings = {
+        "engine": "gradprojlora",
+        "proj_rank_total": cfg.engine.rank_total,
+        "proj_rank_min": cfg.engine.rank_min,
+        "proj_seed": cfg.engine.seed,
+        "proj_kind": str(cfg.engine.kind),
+        "include_embeddings": cfg.engine.include_embeddings,
+        "loss_reduction": task.reduction.value,
+        "selection": layer_selection(cfg.layers),
+    }
+    return GhostConfig.read(settings)
+
+
+def log_left_out(engine: GradProjLoRAEngine) -> None:
+    """Say what a row is made of, and what of the model it leaves out."""
+    log.info("A row has %d numbers, of %d parameters.", engine.layout.width, len(engine.layout.slices))
+    if engine.left_out:
+        log.info(
+            "%d trainable parameters are not projected, such as %s.", len(engine.left_out), engine.left_out[0]
+        )
+
+
+def warn_of_space(folder: Path, needed: int) -> None:
+    """Say before the pass that the disk is too small for the whole store, in bytes."""
+    present = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if needed - present > free:
+        log.warning(
+            "The store takes %s more, and %s has %s left: make room, or the pass will stop half-way.",
+            readable(needed - present),
+            folder,
+            readable(free),
+        )
+
+
+@dataclass
+class Projection:
+    """The pass over one rank's part.
+
+    Attributes:
+        part: Numbers of the batches of the part, the ones that are in the store already among them.
+    """
+
+    cfg: DictConfig
+    engine: GradProjLoRAEngine
+    task: Task
+    writer: StoreWriter
+    tracker: NullTracker
+    samples: SampleSet
+    part: range
+
+    def run(self) -> None:
+        """Project what the store does not have yet."""
+        trainer, ready = self.cfg.trainer, self.writer.next_batch
+        if ready:
+            log.info("%d of %d batches are in the store: going on behind them.", ready, len(self.part))
+        batches = ordered_batches(
+            self.samples, trainer.batch_size, self.part[ready:], self.cfg.data.num_workers
+        )
+        first, last = self.part.start * trainer.batch_size, self._end(self.part.stop)
+        self.engine.attach()
+        try:
+            with ProjectionLine(last - first, sys.stderr) as line:
+                for step, batch in enumerate(batches, start=ready + 1):
+                    X, Y = self.task.place(batch.inputs, batch.labels)
+                    self.writer.append(batch.index, self.engine.project(X, Y, self.task.mean))
+                    done = self._end(self.part.start + step) - first
+                    rate = line.update(done, self.writer.bytes_written, peak_memory_bytes())
+                    if step % self.cfg.engine.save_every == 0 or step == len(self.part):
+                        self._log_metrics(step, rate)
+        finally:
+            self.engine.detach()
+
+    def _end(self, batch: int) -> int:
+        """How many samples the first so many batches of the corpus have."""
+        return min(batch * self.cfg.trainer.batch_size, len(self.samples))
+
+    def _log_metrics(self, step: int, rate: float | None) -> None:
+        metrics = {
+            "projection/gb_written": self.writer.bytes_written / 1e9,
+            "memory/peak_gb": peak_memory_bytes() / 1e9,
+        }
+        if rate is not None:
+            metrics["projection/samples_per_second"] = rate
+        self.tracker.log_metrics(step, metrics)
+
+
+class Resumable:
+    """Says, where a pass ends early, that what is written stays, and what to type to go on."""
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self.folder = folder
+        self.command = replay_command([*typed_overrides(), f"engine.store={folder}"], sys.argv[0])
+
+    def __enter__(self) -> None:
+        log.info("Writing to %s; if this run is killed, go on with: %s", self.folder, self.command)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            log.error(
+                "The pass has ended early; whole shards are safe in %s. Go on with: %s",
+                self.folder,
+                self.command,
+            )
+
+
+def finish(
+    cfg: DictConfig,
+    out: Path,
+    folder: Path,
+    engine: GradProjLoRAEngine,
+    data: DataBundle,
+    task: Task,
+    tracker: NullTracker,
+    last_step: int,
+) -> None:
+    """What a written part is worth: numbers in the record, and the closing report."""
+    if engine.uncounted:
+        log.warning("%d samples have no label that the loss counts: their rows are zeros.", engine.uncounted)
+    store = ProjectionStore.open(folder)
+    metrics = {"projection/samples": float(len(store)), "projection/gb_stored": store.nbytes / 1e9}
+    distortion = None
+    if store.complete:
+        distortion = measure_distortion(cfg, store, engine, data.train, task)
+    if distortion is not None:
+        metrics |= {"distortion/rms": distortion.rms, "distortion/spearman": distortion.spearman}
+    tracker.log_metrics(last_step, metrics)
+    tracker.log_artifacts(out)
+    tracker.log_store(folder)
+    tracker.finish()
+    show_projection(cfg, out, store, data.train, distortion, tracker, sys.argv[0])

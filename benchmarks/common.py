@@ -49,13 +49,19 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, settle: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each call, in `rounds` rounds of one call each; the order turns from round to round."""
+    """Seconds of each call, in `rounds` rounds of one call each; the order turns from round to round.
+
+    Args:
+        settle: Seconds between two calls. Threads of one library's pool keep a core busy for a while after a
+            call, which would be charged to the next call of another library's.
+    """
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(-warmup, rounds):
         for name in names if r % 2 == 0 else reversed(names):
+            time.sleep(settle)
             seconds = timed(calls[name])
             if r >= 0:
                 times[name].append(seconds)

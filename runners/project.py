@@ -1,5 +1,6 @@
 """A projection run: one pass over the training samples at a fixed checkpoint, into a store."""
 
+import json
 import logging
 import shutil
 import sys
@@ -49,7 +50,7 @@ def project(cfg: DictConfig) -> None:
             log.warning("%s: these are gradients at a random start (seed=%d).", place, cfg.seed)
         task = build_task(cfg, device)
         engine = GradProjLoRAEngine(model, projection_config(cfg, task))
-        log_left_out(engine)
+        record_coverage(engine, out / "coverage.json")
         writer = open_writer(cfg, folder, engine, data)
         with Resumable(cfg, folder), writer:
             warn_of_space(folder, len(data.train) * row_bytes(engine.layout, str(cfg.engine.storage)))
@@ -89,12 +90,22 @@ def projection_config(cfg: DictConfig, task: Task) -> GhostConfig:
     return GhostConfig.read(settings)
 
 
-def log_left_out(engine: GradProjLoRAEngine) -> None:
-    """Say what a row is made of, and what of the model it leaves out."""
-    log.info("A row has %d numbers, of %d parameters.", engine.layout.width, len(engine.layout.slices))
+def record_coverage(engine: GradProjLoRAEngine, path: Path) -> None:
+    """Write and say what a row is made of, and what of the model it leaves out."""
+    report = engine.coverage()
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    log.info(
+        "A row has %d numbers, of %d parameters with %.1f %% of all trainable entries.",
+        engine.layout.width,
+        len(engine.layout.slices),
+        100 * report["projected_parameter_share"],
+    )
     if engine.left_out:
         log.info(
-            "%d trainable parameters are not projected, such as %s.", len(engine.left_out), engine.left_out[0]
+            "%d trainable parameters are not projected, such as %s: see %s.",
+            len(engine.left_out),
+            engine.left_out[0],
+            path,
         )
 
 

@@ -101,6 +101,19 @@ class GradProjLoRAEngine(TappedEngine):
     def instrument(self) -> Instrument:
         return self._instrument
 
+    def coverage(self) -> dict[str, Any]:
+        """What rows speak of: `parameters` and `projected_parameters` (numbers), `projected_parameter_share`,
+        and the names `left_out`.
+        """
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        projected = sum(part.size_out * part.size_in for part in self.layout.slices)
+        return {
+            "parameters": trained,
+            "projected_parameters": projected,
+            "projected_parameter_share": projected / trained,
+            "left_out": self.left_out,
+        }
+
     @property
     def uncounted(self) -> int:
         """How many samples had no label that the loss counts; their rows are zeros."""

@@ -458,6 +458,12 @@ def test_what_is_left_out_is_named() -> None:
     model = tiny_gpt2()
     engine = engine_of(model, include_embeddings=False)
     assert engine.left_out == ["transformer.wte.weight", "transformer.wpe.weight"]
+    tables = sum(p.numel() for name, p in model.named_parameters() if name in engine.left_out)
+    trained = sum(p.numel() for p in model.parameters())
+    assert engine.coverage() == {
+        "parameters": trained, "projected_parameters": trained - tables,
+        "projected_parameter_share": (trained - tables) / trained, "left_out": engine.left_out,
+    }  # fmt: skip
     with pytest.raises(
         GhostConfigError, match="2 trainable parameters are not projected, such as 'transformer"
     ):

@@ -5,10 +5,8 @@ python -m analysis.forget outputs/DAY/TIME/projections --id mail/17#0 --compact
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 
 from analysis.errors import AnalysisError
 from ghost import GhostError, ProjectionStore
+from ghost.atomic import written_beside
 
 log = logging.getLogger(__name__)
 
@@ -124,13 +123,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        pq.write_table(table, partial)
-        partial.replace(path)
+        with written_beside(path) as partial:
+            pq.write_table(table, partial)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise AnalysisError(
             f"{path} cannot be written ({error.strerror or error}) and still names deleted samples: make "
             "room, or make it writable, and type the same command again."

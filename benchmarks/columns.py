@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Ratio, interleave, report
-from benchmarks.step_overhead import Shape, gpt2
+from benchmarks.step_overhead import Shape, training
 from ghost import GhostEngineManager
 
 SHAPES = [Shape(8, 128, 8), Shape(4, 256, 4)]
@@ -19,11 +19,7 @@ SHAPES = [Shape(8, 128, 8), Shape(4, 256, 4)]
 
 def steps(shape: Shape) -> dict[str, Callable[[], None]]:
     """A plain step, and scored ones with one column, a column for each half, and one for each pair."""
-    torch.manual_seed(0)
-    model = gpt2()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    X = torch.randint(0, 50257, (shape.b, shape.tokens))
-    val = torch.randint(0, 50257, (shape.v, shape.tokens))
+    model, optimizer, X, val = training(shape)
     rows = torch.cat([X, val])
     half = shape.v // 2
     sets = {"first": (val[:half], val[:half]), "second": (val[half:], val[half:])}

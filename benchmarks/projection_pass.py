@@ -42,9 +42,8 @@ def passes(shape: Shape) -> tuple[dict[str, Callable[[], None]], Layout]:
 
     def projected() -> None:
         model.zero_grad(set_to_none=True)
-        engine.attach()
-        engine.project(X, X)
-        engine.detach()
+        with engine.attached():
+            engine.project(X, X)
 
     return {"plain": plain, "projected": projected}, engine.layout
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common import Ratio, interleave, report
@@ -41,13 +42,19 @@ def gpt2(**shape: int) -> GPT2LMHeadModel:
     return model
 
 
-def steps(shape: Shape, val_mode: str, algebra: str) -> dict[str, Callable[[], None]]:
-    """A plain and a scored step on one model, by name."""
+def training(shape: Shape) -> tuple[GPT2LMHeadModel, torch.optim.Optimizer, Tensor, Tensor]:
+    """A model with its optimizer, training rows `[b, T]` and validation rows `[v, T]`."""
     torch.manual_seed(0)
     model = gpt2()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     X = torch.randint(0, 50257, (shape.b, shape.tokens))
     val = torch.randint(0, 50257, (shape.v, shape.tokens))
+    return model, optimizer, X, val
+
+
+def steps(shape: Shape, val_mode: str, algebra: str) -> dict[str, Callable[[], None]]:
+    """A plain and a scored step on one model, by name."""
+    model, optimizer, X, val = training(shape)
     rows = torch.cat([X, val])
     config = {"val_mode": val_mode, "algebra": algebra}
     manager = GhostEngineManager(config, model, optimizer, val_data=(val, val))

@@ -63,8 +63,7 @@ def exact_gram(
     blocks = [rows for rows in counts.nonzero().flatten().split(block) if len(rows)]
     for last, columns in enumerate(blocks):
         engine = GradDotProdEngine(model, settings, (take_rows(X, columns), Y[columns]))
-        engine.attach()
-        try:
+        with engine.attached():
             for others in blocks[: last + 1]:
                 found = _block_products(engine, model, take_rows(X, others), Y[others], loss_fn)
                 # The engine's gradients are parts of a mean over the block, not the samples' own.
@@ -73,8 +72,6 @@ def exact_gram(
                 )
                 for use, name in uses.items():
                     gram[name][others[:, None].cpu(), columns.cpu()] += (found[use].sum(0) / weights).cpu()
-        finally:
-            engine.detach()
     return {name: _mirrored(upper) for name, upper in gram.items()}
 
 

@@ -1,15 +1,14 @@
 """Score shards: flat tensors with one row for each scored sample at each step, written atomically."""
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from ghost.atomic import write_atomically
 from ghost.errors import GhostConfigError
 
 COLUMNS = ("step", "sample", "score", "lr", "clip")
@@ -18,16 +17,6 @@ COLUMNS = ("step", "sample", "score", "lr", "clip")
 def save_atomically(obj: object, path: Path) -> None:
     """`torch.save` of a whole file or none."""
     write_atomically(path, lambda file: torch.save(obj, file))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a neighbour, flush it to disk, then rename it: the file is whole or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 @dataclass(frozen=True)

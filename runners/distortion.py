@@ -129,11 +129,8 @@ def _exact(
 
 def _project(cfg: DictConfig, engine: GradProjLoRAEngine, task: Task, X: Inputs, Y: Tensor) -> Tensor:
     """The samples' rows `[n, K]`."""
-    engine.attach()
-    try:
+    with engine.attached():
         rows = [engine.project(*part, task.mean) for part in _batches(X, Y, cfg.distortion.batch_size)]
-    finally:
-        engine.detach()
     return torch.cat(rows)
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ghost.atomic import written_beside
 from runners.errors import ConfigError, first_line
 
 SCHEMA = pa.schema(
@@ -92,18 +92,15 @@ def save_neighbours(neighbours: pa.Table, path: Path) -> None:
     Raises:
         ConfigError: The system refuses.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        if path.suffix == ".parquet":
-            pq.write_table(neighbours, partial)
-        elif path.suffix == ".csv":
-            pyarrow.csv.write_csv(neighbours, partial)
-        else:
-            partial.write_text(json.dumps(neighbours.to_pylist(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with written_beside(path) as partial:
+            if path.suffix == ".parquet":
+                pq.write_table(neighbours, partial)
+            elif path.suffix == ".csv":
+                pyarrow.csv.write_csv(neighbours, partial)
+            else:
+                partial.write_text(json.dumps(neighbours.to_pylist(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         why = error.strerror or first_line(error)
         raise ConfigError(f"out={path} cannot be written ({why}): name a file elsewhere") from error
 

@@ -147,18 +147,14 @@ class Projection:
             self.samples, trainer.batch_size, self.part[ready:], self.cfg.data.num_workers
         )
         first, last = self.part.start * trainer.batch_size, self._end(self.part.stop)
-        self.engine.attach()
-        try:
-            with ProjectionLine(last - first, sys.stderr) as line:
-                for step, batch in enumerate(batches, start=ready + 1):
-                    X, Y = self.task.place(batch.inputs, batch.labels)
-                    self.writer.append(batch.index, self.engine.project(X, Y, self.task.mean))
-                    done = self._end(self.part.start + step) - first
-                    rate = line.update(done, self.writer.bytes_written, peak_memory_bytes())
-                    if step % self.cfg.engine.save_every == 0 or step == len(self.part):
-                        self._log_metrics(step, rate)
-        finally:
-            self.engine.detach()
+        with self.engine.attached(), ProjectionLine(last - first, sys.stderr) as line:
+            for step, batch in enumerate(batches, start=ready + 1):
+                X, Y = self.task.place(batch.inputs, batch.labels)
+                self.writer.append(batch.index, self.engine.project(X, Y, self.task.mean))
+                done = self._end(self.part.start + step) - first
+                rate = line.update(done, self.writer.bytes_written, peak_memory_bytes())
+                if step % self.cfg.engine.save_every == 0 or step == len(self.part):
+                    self._log_metrics(step, rate)
 
     def _end(self, batch: int) -> int:
         """How many samples the first so many batches of the corpus have."""

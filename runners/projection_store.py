@@ -4,7 +4,6 @@ must be the same for a run that goes on with it.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ghost import GradProjLoRAEngine, ProjectionStore
+from ghost.atomic import written_beside
 from ghost.fingerprint import model_fingerprint
 from ghost.layout import Layout
 from ghost.store import StoreWriter
@@ -249,6 +249,5 @@ def _reading(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with written_beside(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -191,13 +191,10 @@ def project_queries(
         ConfigError: A query has no label that the loss counts, and so no gradient.
     """
     rows = []
-    engine.attach()
-    try:
+    with engine.attached():
         for batch in ordered_batches(queries, batch_size, range(-(-number // batch_size)), num_workers=0):
             X, Y = task.place(batch.inputs, batch.labels)
             rows.append(engine.project(X, Y, task.mean).cpu())
-    finally:
-        engine.detach()
     found = torch.cat(rows)[:number]
     if (empty := (found == 0).all(1)).any():
         name = queries.sample_ids[int(empty.nonzero()[0])]

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ghost.atomic import written_beside
 from ghost.values import accumulate, accumulate_columns, read_shards
 from runners.data.base import DataBundle, SampleSet
 from runners.data.loader import taking_turns
@@ -61,6 +62,5 @@ def _samples(samples: SampleSet, indices: list[int]) -> tuple[list[str], list[st
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with written_beside(path) as partial:
+        pq.write_table(table, partial)

@@ -1,7 +1,8 @@
 """What every engine does for the manager, and the register of engines."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,15 @@ class Engine(ABC):
     @abstractmethod
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attached within the block."""
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
 
     @abstractmethod
     def begin(self, X: Inputs, Y: Tensor, first: bool, share: float | Tensor) -> None:

@@ -44,9 +44,8 @@ class GradProjLoRAEngine(TappedEngine):
     and `layout` says which columns belong to which parameter. A pass over a corpus::
 
         engine = GradProjLoRAEngine(model, GhostConfig(engine="gradprojlora", proj_rank_total=256))
-        engine.attach()
-        rows = engine.project(X, Y)        # [b, K]; no weight gradient is computed
-        engine.detach()
+        with engine.attached():
+            rows = engine.project(X, Y)    # [b, K]; no weight gradient is computed
 
     Beside a training step, with `weight_grads=True`, the layers' own backwards are left alone, bit for bit,
     and `rows` holds the latest micro-batch's. A weight that is read outside its layer is then not noticed,

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ghost.atomic import write_atomically
 from ghost.errors import StoreError
-from ghost.scores import write_atomically
 from ghost.store.assembly import clear_leftovers
 from ghost.store.files import npy_pieces, sync_folder
 from ghost.store.manifest import Contents, Facts, Manifest, ShardRecord

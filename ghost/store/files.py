@@ -15,8 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ghost.atomic import write_atomically
 from ghost.errors import StoreError
-from ghost.scores import write_atomically
 
 _PIECE = 1 << 20  # bytes
 

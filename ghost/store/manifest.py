@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ghost.atomic import write_atomically
 from ghost.errors import StoreError, shown
 from ghost.layout import Layout, Slice
-from ghost.scores import write_atomically
 from ghost.store.codec import codec
 from ghost.store.files import FileRecord, sync_folder
 

@@ -1,7 +1,6 @@
 """Batches from sample sets: an endless training stream that can start anywhere, and validation in order."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from ghost.atomic import written_beside
 from ghost.batch import Items
 from ghost.loss import IGNORED_LABEL
 from runners.data.base import Batch, Inputs, Item, Layout, SampleInputs, SampleSet
@@ -42,16 +42,7 @@ def train_batches(
             f"hold a sample twice; use at most {len(train)}, or more data."
         )
     sampler = EpochBatches(len(train), batch_size, seed, shuffle, start_step)
-    return iter(
-        DataLoader(
-            train,
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=partial(collate, layout=train.layout),
-            # Of its own, so that starting a stream leaves the global random state alone.
-            generator=torch.Generator(),
-        )
-    )
+    return _loaded(train, sampler, num_workers)
 
 
 def val_batch(val: SampleSet) -> Batch:
@@ -89,12 +80,18 @@ def ordered_batches(samples: SampleSet, batch_size: int, numbers: range, num_wor
     rows = [
         list(range(number * batch_size, min((number + 1) * batch_size, len(samples)))) for number in numbers
     ]
+    return _loaded(samples, rows, num_workers)
+
+
+def _loaded(samples: SampleSet, batches: Iterable[list[int]], num_workers: int) -> Iterator[Batch]:
+    """The batches of samples at these positions."""
     return iter(
         DataLoader(
             samples,
-            batch_sampler=rows,
+            batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=partial(collate, layout=samples.layout),
+            # Of its own, so that starting a stream leaves the global random state alone.
             generator=torch.Generator(),
         )
     )
@@ -172,15 +169,10 @@ def write_samples(sets: Mapping[str, SampleSet], path: Path) -> None:
     """Writes a Parquet row (`index`, `sample_id`, `domain`, `split`) for every sample of the sets, which go
     by the name of their split; atomically.
     """
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with pq.ParquetWriter(partial_path, SAMPLES_SCHEMA) as writer:
-            for split, samples in sets.items():
-                for start in range(0, len(samples), ROWS_PER_WRITE):
-                    writer.write_batch(_sample_rows(samples, split, start))
-        partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
+    with written_beside(path) as partial_path, pq.ParquetWriter(partial_path, SAMPLES_SCHEMA) as writer:
+        for split, samples in sets.items():
+            for start in range(0, len(samples), ROWS_PER_WRITE):
+                writer.write_batch(_sample_rows(samples, split, start))
 
 
 def _sample_rows(samples: SampleSet, split: str, start: int) -> pa.RecordBatch:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -287,7 +288,7 @@ def test_nothing_left_to_search_is_said(
 @pytest.mark.parametrize("ending", [".parquet", ".csv", ".json"])
 def test_a_file_that_the_system_refuses_is_one_sentence(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"found{ending}"
-    path.with_name(f".{path.name}.partial").mkdir()  # stands where the file is written first
+    path.with_name(f".{path.name}.{os.getpid()}.partial").mkdir()  # stands where the file is written first
     table = SCHEMA.empty_table()
     with pytest.raises(ConfigError, match=rf"out={path} cannot be written \(.+\): name a file elsewhere"):
         save_neighbours(table, path)

@@ -20,6 +20,8 @@ from analysis.errors import AnalysisError
 
 log = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.yaml"  # what makes a directory a run
+
 _SAMPLE_COLUMNS = {"index": pa.int64(), "sample_id": pa.string(), "domain": pa.string()}
 _VALUE_COLUMNS = {
     "sample_id": pa.string(),
@@ -39,9 +41,9 @@ def load_run(run_dir: Path) -> "Run":
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise AnalysisError(f"{run_dir} is no directory: give the directory that a run left behind.")
-    if not (run_dir / "config.yaml").is_file():
-        raise AnalysisError(f"{run_dir} holds no run: a run directory has a config.yaml.")
-    return Run(run_dir)
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise AnalysisError(f"{run_dir} holds no run: a run directory has a {CONFIG_FILE}.")
+    return Run(run_dir, run_dir.absolute().name)
 
 
 def score_note(config: Mapping[str, Any]) -> str:
@@ -57,14 +59,22 @@ def score_note(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory. Every reader raises `AnalysisError` for a file that is missing or damaged."""
+    """A run directory. Every reader raises `AnalysisError` for a file that is missing or damaged.
+
+    Attributes:
+        directory: Where its files are.
+        name: What tables and plots call it.
+        run_id: Its id in MLflow, where it was found there.
+    """
 
     directory: Path
+    name: str
+    run_id: str | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved config, `config.yaml`."""
-        path = self._existing("config.yaml")
+        path = self._existing(CONFIG_FILE)
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     args = parser.parse_args()
     cfg = composed("fp32")
-    data = build_data(cfg.data, cfg.seed)
+    data = build_data(cfg.data)
     weights = trained(cfg, data, args.steps).state_dict()
     scored = list(islice(batches(cfg, data, skip=args.steps), args.batches))
     rows = measure(Scorer(data, weights, scored))

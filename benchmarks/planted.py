@@ -50,6 +50,7 @@ def main() -> None:
                 "experiment=planted",
                 "tracking=none",
                 f"seed={seed}",
+                f"data.seed={seed}",
             ]
             subprocess.run(
                 [*argv, f"hydra.run.dir={folder}", *args.overrides], check=True, stdout=subprocess.DEVNULL

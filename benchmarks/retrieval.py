@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--near", type=float, default=0.3)
     args = parser.parse_args()
     store, cfg = ProjectionStore.open(args.store), OmegaConf.load(args.store / "config.yaml")
-    samples = build_data(cfg.data, cfg.seed).train
+    samples = build_data(cfg.data).train
     if store.sample_ids.tolist() != list(range(len(samples))):
         parser.error(f"{args.store} does not hold all {len(samples)} training samples in order")
     found = neighbours(store, max(RANKS))

@@ -84,7 +84,7 @@ def measure(overrides: list[str], steps: int, out: Path) -> dict[str, object]:
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [*overrides, *extra])
-    data = build_data(cfg.data, cfg.seed)
+    data = build_data(cfg.data)
     side = SideBySide(cfg, data, out / "bare")
     model = build_model(cfg.model, data.vocab_size, data.input_shape, data.num_classes)
     optimizer = build_optimizer(cfg.optimizer, model)

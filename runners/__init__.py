@@ -1,8 +1,3 @@
-"""From a config to a finished run: data, models, optimizers, the training loop, tracking.
+"""From a config to a finished run: data, models, optimizers, the training loop, tracking."""
 
-Importing the package switches off the usage reports of MLflow and Hugging Face, before either is imported.
-"""
-
-from runners.telemetry import disable_telemetry
-
-disable_telemetry()
+import conf  # noqa: F401  (switches off usage reports, before MLflow or transformers are imported)

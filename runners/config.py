@@ -6,13 +6,13 @@ help, completion and composition stay quick.
 """
 # ruff: noqa: RUF009 -- `key` and `fixed` return dataclass fields, not shared values
 
-from dataclasses import dataclass, field, fields
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
+from conf.schema import fixed, free, key, schema_node
 from runners.choices import (
     Algebra,
     Architecture,
@@ -40,23 +40,6 @@ GROUPS = (
     *("model", "data", "engine", "layers", "dtype", "hardware", "optimizer", "trainer", "tracking"),
     *("experiment", "debug"),
 )
-
-
-def key(meaning: str, default: Any = MISSING) -> Any:
-    """A field with its documentation; without a default, the YAML of the choice must give the value."""
-    return field(default=default, metadata={"meaning": meaning})
-
-
-def free(meaning: str) -> Any:
-    """A dictionary whose keys the schema leaves open: they can be typed without a plus, and are checked by
-    what reads them. YAML files that build on each other are merged key by key.
-    """
-    return field(default_factory=dict, metadata={"meaning": meaning, "free": True})
-
-
-def fixed(value: StrEnum) -> Any:
-    """The field that tells the choices of a group apart; `check` refuses any other value."""
-    return field(default=value, metadata={"fixed": True})
 
 
 # ---------------------------------------------------------------- model
@@ -111,6 +94,9 @@ class DataConfig:
     shuffle: bool = key("draw training samples in a new order each epoch")
     num_workers: int = key("loader processes; 0: load in the training process")
     val_samples: int = key("samples held out for validation")
+    seed: int = key("draws the training samples and label noise; the run's seed draws the rest")
+    keep: str | None = key("list of sample ids (.txt, .csv, .parquet): train on these alone; null: all", None)
+    drop: str | None = key("list of sample ids: train on all others; null: all", None)
 
 
 @dataclass
@@ -252,8 +238,11 @@ class GradDotProdEngine(EngineConfig):
 
 
 @dataclass
-class RegularEngine(EngineConfig):
-    """Plain training: no values, the baseline for cost and for zero impact."""
+class RegularEngine(GradDotProdEngine):
+    """Plain training: no values, the baseline for cost and for zero impact.
+
+    It takes graddotprod's keys and uses none, so that a word makes any command its own baseline.
+    """
 
     name: EngineName = fixed(EngineName.regular)
 
@@ -377,7 +366,7 @@ class TrackingConfig:
 class RunConfig:
     """The whole tree."""
 
-    seed: int = key("seed of weights, data order and noise")
+    seed: int = key("seed of weights, data order and dropout")
     preview: bool = key("show the samples' first words in the end table (console only)")
     dry_run: bool = key("show parameters, memory and output directory, then end")
     verify: bool = key("check the scores of a few samples against plain autograd, layer by layer, then end")
@@ -418,15 +407,6 @@ SCHEMAS: dict[str, type] = {
     "schema_trainer": TrainerConfig,
     "schema_tracking": TrackingConfig,
 }
-
-
-def schema_node(schema: type) -> DictConfig:
-    """The schema as a config; free dictionaries take new keys, also once Hydra has closed the rest."""
-    node = OmegaConf.structured(schema)
-    for item in fields(schema):
-        if item.metadata.get("free"):
-            OmegaConf.set_struct(node[item.name], False)
-    return node
 
 
 for _name, _schema in SCHEMAS.items():

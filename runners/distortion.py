@@ -15,19 +15,20 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from analysis.distortion import plot_distortion
+from conf.command import Reported, run_command
+from conf.errors import ConfigError, UserError
 from ghost import GhostConfig, GradProjLoRAEngine
 from ghost.batch import Inputs, take_rows
 from ghost.distortion import dense_error, measured_distortion, parameter_errors
 from ghost.errors import GhostError
 from ghost.gram import Gram, exact_gram
 from ghost.projection import ProjectionKind
-from runners.cli import Reported, refuse_earlier_run, run_command
+from runners.cli import refuse_earlier_run
 from runners.data import build_data
 from runners.data.base import DataBundle
 from runners.data.loader import train_batches
 from runners.distortion_config import check_distortion
 from runners.distortion_report import Draw, Measurement, metrics, samples, table, write_report
-from runners.errors import ConfigError, RunnerError
 from runners.layers import layer_selection
 from runners.losses import Task, build_task
 from runners.tracking import NullTracker, build_tracker
@@ -48,7 +49,7 @@ def run(cfg: DictConfig) -> list[Measurement]:
     out = Path(cfg.output_dir)
     device = prepare_machine(cfg)
     with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
-        data = build_data(cfg.data, cfg.seed)
+        data = build_data(cfg.data)
         log.info("%s", data.description)
         index, X, Y = _samples(cfg, data)
         # Dropout would make every pass another network's.
@@ -177,7 +178,7 @@ def _log_ways_on(out: Path, tracker: NullTracker) -> None:
 
 def job(cfg: DictConfig) -> None:
     """Hydra's task function: one measurement. Raises as `runners.cli.task` does."""
-    with Reported(RunnerError, GhostError):
+    with Reported(UserError, GhostError):
         check_distortion(cfg)
         refuse_earlier_run(Path(cfg.output_dir), "output_dir")
         run(cfg)
@@ -185,7 +186,7 @@ def job(cfg: DictConfig) -> None:
 
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code."""
-    return run_command("distortion", job)
+    return run_command("distortion", job, groups=("model", "data", "layers", "dtype", "hardware", "tracking"))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,11 @@ from dataclasses import dataclass
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
+from conf.refuse import refuse
+from conf.schema import key
 from runners.choices import ProjectionKind
 from runners.cli import CheckBeforeRun
-from runners.config import (
-    DataConfig,
-    DtypeConfig,
-    HardwareConfig,
-    LayersConfig,
-    ModelConfig,
-    TrackingConfig,
-    key,
-)
-from runners.refuse import refuse
+from runners.config import DataConfig, DtypeConfig, HardwareConfig, LayersConfig, ModelConfig, TrackingConfig
 from runners.validate import check_untrained
 from runners.validate_projection import refuse_score_formats
 

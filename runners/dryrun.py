@@ -66,7 +66,7 @@ def data_facts(cfg: DictConfig) -> DataFacts:
     seq_len = OmegaConf.select(cfg, "data.seq_len")
     if _is_complete(cfg.model):
         return DataFacts(seq_len=seq_len)
-    data = build_data(cfg.data, cfg.seed)
+    data = build_data(cfg.data)
     return DataFacts(data.vocab_size, data.input_shape, data.num_classes, seq_len)
 
 

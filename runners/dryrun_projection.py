@@ -65,4 +65,4 @@ def matrix_values(layout: Layout) -> int:
 def _samples(cfg: DictConfig) -> int:
     """The number of training samples; the data is read where the config does not say it."""
     number = OmegaConf.select(cfg, "data.train_samples")
-    return len(build_data(cfg.data, cfg.seed).train) if number is None else number
+    return len(build_data(cfg.data).train) if number is None else number

@@ -11,8 +11,8 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from conf.errors import ConfigError
 from runners.config import GROUPS
-from runners.errors import ConfigError
 
 SUFFIXES = (".json", ".yaml", ".yml")
 TRACKED = "runs:/"  # MLflow's own way to name what belongs to a run
@@ -72,7 +72,7 @@ def _from_saved(config: DictConfig, path: str, arguments: list[str]) -> DictConf
 def _tracked_config(path: str, arguments: list[str]) -> DictConfig:
     """The `config.yaml` among a tracked run's artifacts, from the store that `tracking.uri` names."""
     # Of all command lines only one that names a tracked run pays for this import.
-    from runners.mlflow_store import download, resolve_uri
+    from analysis.tracking_store import download, resolve_uri
 
     given = [a.partition("=")[2] for a in arguments if a.startswith("tracking.uri=")]
     uri = resolve_uri(given[-1] if given else None, Path.cwd())

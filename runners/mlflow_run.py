@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runners.mlflow_store import Store, one_line
+from analysis.tracking_store import one_line
+from runners.mlflow_store import Store
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

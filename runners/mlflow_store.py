@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,26 +11,16 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
+from analysis.tracking_store import one_line, prepare_mlflow, sqlite_path, without_password
+from conf.errors import ConfigError
 from runners.environment import filesystem_type, is_network_filesystem
-from runners.errors import ConfigError
-from runners.telemetry import disable_telemetry, set_defaults
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
 
-_SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql")
 _LOCK_SECONDS = 120.0  # creating a store takes 2-4 s, and a whole sweep may queue for it
-
-# MLflow's own settings; it has no other way to set them. By default it repeats a request to a server that
-# is not there for four minutes, two minutes each, and prints links that the run's summary prints anyway.
-_MLFLOW_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -43,47 +32,13 @@ class Store:
     experiment_id: str
 
 
-def resolve_uri(uri: str | None, cwd: Path) -> str:
-    """The store's full address: by default `mlflow.db` in `cwd`; a relative SQLite path is taken from `cwd`.
-
-    Raises:
-        ConfigError: the address is of no kind that can hold runs.
-    """
-    if uri is None:
-        return f"sqlite:///{cwd.absolute() / 'mlflow.db'}"
-    scheme = uri.partition("://")[0].partition("+")[0]
-    if "://" not in uri or scheme not in _SCHEMES:
-        raise ConfigError(
-            f"tracking.uri={without_password(uri)} is no tracking store: give sqlite:///path/mlflow.db, "
-            f"http(s)://host:port, or a database address ({', '.join(_SCHEMES[3:])}); null means "
-            "mlflow.db in the working directory."
-        )
-    if scheme != "sqlite":
-        return uri.rstrip("/")
-    path = uri.removeprefix("sqlite:///")
-    if path in (uri, "", ":memory:"):
-        raise ConfigError(f"tracking.uri={uri} names no file: give sqlite:///path/mlflow.db.")
-    return f"sqlite:///{cwd.absolute() / path}"
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The database file of a resolved SQLite address; None for any other store."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def without_password(uri: str) -> str:
-    """The address as it may be shown: a password in it becomes `***`."""
-    return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", uri)
-
-
 def open_store(uri: str, experiment: str) -> Store:
     """Connect to the store at a resolved address, creating a SQLite store and the experiment where missing.
 
     Raises:
         ConfigError: the store cannot be reached, is no MLflow store, or belongs to another MLflow version.
     """
-    disable_telemetry()
-    set_defaults(_MLFLOW_SETTINGS)
+    prepare_mlflow()
     import mlflow  # noqa: F401  (slow to import: only a run that tracks pays for it)
 
     # A new store reports each of its migrations; that says nothing to whoever started a training run.
@@ -95,29 +50,6 @@ def open_store(uri: str, experiment: str) -> Store:
     if not uri.startswith("http"):
         _probe_database(uri)
     return _connect(uri, experiment, artifact_location=None)
-
-
-def download(uri: str, artifact: str, folder: Path) -> Path:
-    """Copy an artifact, named `runs:/<run id>/<path>`, from the store at a resolved address into `folder`.
-
-    Raises:
-        ConfigError: the store or the artifact is not there.
-    """
-    database = sqlite_path(uri)
-    if database is not None and not database.exists():  # MLflow would make an empty store and look in it
-        raise ConfigError(f"{artifact}: there is no tracking store {database}, give tracking.uri=STORE")
-    disable_telemetry()
-    set_defaults(_MLFLOW_SETTINGS)
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return Path(download_artifacts(artifact_uri=artifact, dst_path=str(folder), tracking_uri=uri))
-    except (MlflowException, OSError) as error:
-        raise ConfigError(
-            f"{artifact} is not in {without_password(uri)} ({one_line(error)}): give the id of a run in it, "
-            "or tracking.uri=STORE"
-        ) from error
 
 
 def _open_sqlite(uri: str, database: Path, experiment: str) -> Store:
@@ -243,9 +175,3 @@ def _unreachable(uri: str, error: Exception) -> ConfigError:
         f"tracking.uri={without_password(uri)} cannot be used as a tracking store ({one_line(error)}): start "
         "the server or correct the address, or set tracking.enabled=false."
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and message on one line of at most 500 characters, passwords masked."""
-    text = " ".join(without_password(str(error)).split())
-    return f"{type(error).__name__}: {text}"[:500].removesuffix(": ")

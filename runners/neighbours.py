@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from conf.errors import ConfigError, first_line
 from ghost.atomic import written_beside
-from runners.errors import ConfigError, first_line
 
 SCHEMA = pa.schema(
     [

@@ -5,7 +5,6 @@ python -m runners.prepare data=text data.path=corpus/ prepare.out=tokens/
 
 import hashlib
 import logging
-import os
 import sys
 from array import array
 from collections.abc import Iterator
@@ -14,24 +13,23 @@ from itertools import accumulate, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import hydra
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from numpy.typing import NDArray
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from runners.cli import CONF_DIR, MISTAKE
-from runners.config import DataConfig, key
+from conf.command import Reported, run_command
+from conf.errors import ConfigError, UserError
+from conf.refuse import refuse
+from conf.schema import key
+from runners.config import DataConfig
 from runners.data.records import Record, TextFile, fields_of, find_files, read_records
 from runners.data.tokenfiles import DomainMeta, Meta, smallest_dtype
-from runners.errors import ConfigError, DataError, RunnerError
-from runners.hydra_errors import sentence
+from runners.errors import DataError
 from runners.tokenizer import encode_batch, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -70,6 +68,9 @@ def prepare(cfg: DictConfig) -> Meta:
         raise ConfigError(f"{missing[0]} is not set; give it: {missing[0]}=<path>.")
     if cfg.data.kind != "text":
         raise ConfigError(f"data.kind={str(cfg.data.kind)!r} has no text to tokenise; use data=text.")
+    for name in ("keep", "drop"):
+        if cfg.data[name] is not None:
+            refuse(cfg, f"data.{name}", "has no effect here: give it to the runs that train on the files")
     out = Path(cfg.prepare.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
@@ -171,24 +172,14 @@ def with_progress(records: Iterator[Record], files: list[TextFile]) -> Iterator[
 
 
 def task(cfg: DictConfig) -> None:
-    """Hydra's task function. Raises SystemExit after logging a mistake of the user's."""
-    try:
+    """Hydra's task function. Raises as `runners.cli.task` does."""
+    with Reported(UserError):
         prepare(cfg)
-    except RunnerError as error:
-        log.error("%s", error)
-        raise SystemExit(MISTAKE) from error
 
 
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code."""
-    # Hydra's way to hand composition errors to the caller instead of printing its own blocks.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="prepare")(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.stderr.write(f"{sentence(error, sys.argv[1:])}\n")
-        return MISTAKE
-    return 0
+    return run_command("prepare", task, groups=("data",))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from types import TracebackType
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from conf.errors import ConfigError
 from ghost import GhostConfig, GradProjLoRAEngine, ProjectionStore
 from ghost.store import StoreWriter
 from runners.data import build_data
 from runners.data.base import DataBundle, SampleSet
 from runners.data.loader import ordered_batches
 from runners.environment import peak_memory_bytes
-from runners.errors import ConfigError
 from runners.layers import layer_selection
 from runners.losses import Task, build_task
 from runners.progress import ProjectionLine, readable
@@ -40,7 +40,7 @@ def project(cfg: DictConfig) -> None:
     device = prepare_machine(cfg)
     refuse_other_store(cfg, folder)
     with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
-        data = build_data(cfg.data, cfg.seed)
+        data = build_data(cfg.data)
         log.info("%s", data.description)
         part = part_of(len(data.train), cfg.trainer.batch_size, cfg.engine.rank, cfg.engine.world_size)
         # In evaluation mode: with dropout a row would depend on the random numbers of the pass.

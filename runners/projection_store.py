@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from conf.errors import ConfigError, first_line
+from conf.help_text import typed
 from ghost import GradProjLoRAEngine, ProjectionStore
 from ghost.atomic import written_beside
 from ghost.fingerprint import model_fingerprint
@@ -27,8 +29,6 @@ from runners.choices import TaskName
 from runners.data.base import DataBundle
 from runners.data.loader import write_samples
 from runners.data.tokenfiles import META, Meta
-from runners.errors import ConfigError, first_line
-from runners.help_text import typed
 from runners.models.hf_config import DataFacts
 from runners.tracking import STORE_FOLDER, flatten
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from conf.errors import ConfigError
+from conf.help_text import typed
 from runners.choices import TaskName
 from runners.data import build_data
 from runners.data.base import SampleSet
 from runners.data.records import ENDINGS, Fields, Record, TextFile, read_records
 from runners.data.tasks import Continuations
 from runners.data.windows import SHORTEST_WINDOW, Corpus, Document, Window, WindowSet
-from runners.errors import ConfigError, DataError
-from runners.help_text import typed
+from runners.errors import DataError
 from runners.models.hf_config import DataFacts, check_model
 from runners.projection_store import StoreFacts, domain_classes
 from runners.tasks import model_task, refuse_other_task
@@ -83,7 +84,7 @@ def data_queries(
     refuse_other_task(both)
     if both.model.kind == "hf":
         check_model(both.model, DataFacts(seq_len=OmegaConf.select(both, "data.seq_len")))
-    bundle = build_data(both.data, made.seed)
+    bundle = build_data(both.data)
     for name, has, needs in (
         ("vocab_size", bundle.vocab_size, facts.data.vocab_size),
         ("input_shape", bundle.input_shape, facts.data.input_shape),

@@ -17,15 +17,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from conf.command import Reported, run_command
+from conf.errors import ConfigError, UserError
+from conf.help_text import typed
+from conf.refuse import refuse
+from conf.schema import free, key, schema_node
 from ghost import GhostError, GradProjLoRAEngine, ProjectionStore
 from ghost.fingerprint import model_fingerprint
 from runners.choices import Metric, QuerySplit
-from runners.cli import Reported, run_command
-from runners.config import DataConfig, HardwareConfig, free, key, schema_node
+from runners.config import DataConfig, HardwareConfig
 from runners.data.base import SampleSet
 from runners.data.loader import ordered_batches
-from runners.errors import ConfigError, RunnerError
-from runners.help_text import typed
 from runners.losses import Task, build_task
 from runners.models import build_model, parameter_dtype, place
 from runners.neighbours import (
@@ -38,7 +40,6 @@ from runners.neighbours import (
 from runners.project import projection_config
 from runners.projection_store import StoreFacts, read_config, read_facts, read_samples
 from runners.queries import data_queries, text_queries
-from runners.refuse import refuse
 from runners.train import prepare_machine
 
 log = logging.getLogger(__name__)
@@ -217,13 +218,13 @@ def show(cfg: DictConfig, nearest: pa.Table) -> None:
 
 def task(cfg: DictConfig) -> None:
     """Hydra's task function: one search. Raises as `runners.cli.task` does."""
-    with Reported(RunnerError, GhostError):
+    with Reported(UserError, GhostError):
         search(cfg)
 
 
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code."""
-    return run_command("search", task)
+    return run_command("search", task, groups=("data", "hardware"))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from omegaconf import DictConfig
 
+from conf.errors import ConfigError
 from runners.choices import Architecture, ModelKind, TaskName
-from runners.errors import ConfigError
 from runners.validate_data import data_task
 
 ARCHITECTURE_TASKS: Mapping[Architecture, TaskName] = {

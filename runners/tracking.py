@@ -13,10 +13,11 @@ from typing import Self
 
 from omegaconf import DictConfig
 
-from runners.errors import ConfigError
+from analysis.tracking_store import one_line, resolve_uri, without_password
+from conf.errors import ConfigError
 from runners.metrics_log import MetricsLog
 from runners.mlflow_run import MlflowRun
-from runners.mlflow_store import one_line, open_store, resolve_uri, without_password
+from runners.mlflow_store import open_store
 
 log = logging.getLogger(__name__)
 

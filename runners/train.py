@@ -19,6 +19,7 @@ from torch import nn
 from analysis.errors import AnalysisError
 from analysis.plots import plot_run
 from analysis.runs import score_note
+from conf.errors import ConfigError
 from ghost import GhostConfig, GhostEngineManager
 from ghost.batch import take_rows
 from ghost.coverage import coverage, coverage_lines
@@ -27,7 +28,6 @@ from runners.data import build_data
 from runners.data.base import DataBundle
 from runners.data.loader import train_batches, val_batch, val_batches_by_domain, write_samples
 from runners.environment import device_description, git_state, versions
-from runners.errors import ConfigError
 from runners.layers import layer_selection
 from runners.loop import VAL_LOSS, TrainingLoop, evaluate
 from runners.losses import Task, build_task
@@ -51,9 +51,11 @@ def run(cfg: DictConfig) -> float:
             starts.
     """
     out = Path(cfg.output_dir)
+    if not is_scored(cfg):
+        log.info("engine=regular scores nothing: the other engine.* keys have no effect.")
     device = prepare_machine(cfg)
     with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
-        data = build_data(cfg.data, cfg.seed)
+        data = build_data(cfg.data)
         log.info("%s", data.description)
         model = build_placed(cfg, data, device)
         record_setup(cfg, out, device, data, tracker)

@@ -11,10 +11,10 @@ from math import isfinite
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runners.errors import ConfigError
-from runners.help_text import is_unresolved, typed
-from runners.hydra_errors import suggestion
-from runners.refuse import refuse as _refuse
+from conf.errors import ConfigError
+from conf.help_text import is_unresolved, typed
+from conf.hydra_errors import suggestion
+from conf.refuse import refuse as _refuse
 from runners.tasks import refuse_other_task
 from runners.validate_data import check_data
 from runners.validate_projection import check_projection
@@ -22,6 +22,7 @@ from runners.validate_projection import check_projection
 # Whole numbers and their smallest sensible value; null is allowed where the schema allows it.
 SMALLEST = {
     "seed": 0,
+    "data.seed": 0,
     "data.seq_len": 2,  # one token to read, one to predict
     "data.train_samples": 1,
     "data.val_samples": 1,

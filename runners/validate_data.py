@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig, OmegaConf
 
+from conf.errors import ConfigError
+from conf.help_text import typed
+from conf.refuse import refuse
 from runners.choices import TaskName
-from runners.errors import ConfigError
-from runners.help_text import typed
-from runners.refuse import refuse
 
 TEXT_TASKS = (TaskName.language, TaskName.seq2seq, TaskName.text_classes)
 # What `data.task` can be for the sources that have a choice.
@@ -48,6 +48,10 @@ def check_data(cfg: DictConfig) -> None:
         refuse(cfg, "data.task", f"is nothing that data={data.kind} can give: type one of {right}")
     if data.kind in ("text", "tokens", "table") and not data.path:
         refuse(cfg, "data.path", "names nothing: type data.path=PATH")
+    if data.keep is not None and data.drop is not None:
+        refuse(
+            cfg, "data.drop", f"does not go with data.keep={data.keep}: type data.drop=null or data.keep=null"
+        )
     if data.kind in CHECKS:
         CHECKS[data.kind](cfg)
 

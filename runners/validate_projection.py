@@ -2,8 +2,8 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from runners.help_text import typed
-from runners.refuse import refuse
+from conf.help_text import typed
+from conf.refuse import refuse
 
 # What only a training run reads and is typed on purpose. The other keys of optimizer and trainer have a value
 # in every config, and mean nothing here.

@@ -43,7 +43,7 @@ def verify_scores(cfg: DictConfig) -> bool:
 
 def _verification(cfg: DictConfig, out: Path) -> Verification:
     device = prepare_machine(cfg)
-    data = build_data(cfg.data, cfg.seed)
+    data = build_data(cfg.data)
     log.info("%s", data.description)
     model, task = build_placed(cfg, data, device), build_task(cfg, device)
     rows = max(LEAST_ROWS, ROWS_A_MICRO_BATCH * cfg.trainer.gradient_accumulation_steps)

@@ -4,17 +4,18 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
+from conf.errors import ConfigError
 from runners.data.base import DataBundle
 from runners.data.digits import build_digits
 from runners.data.hf import build_hf
 from runners.data.interpreter import build_interpreter
+from runners.data.listed import restrict
 from runners.data.questions import build_questions
 from runners.data.table import build_table
 from runners.data.text import build_text
 from runners.data.tokens import build_tokens
-from runners.errors import ConfigError
 
-SOURCES: dict[str, Callable[[DictConfig, int], DataBundle]] = {
+SOURCES: dict[str, Callable[[DictConfig], DataBundle]] = {
     "interpreter": build_interpreter,
     "text": build_text,
     "tokens": build_tokens,
@@ -25,12 +26,12 @@ SOURCES: dict[str, Callable[[DictConfig, int], DataBundle]] = {
 }
 
 
-def build_data(cfg: DictConfig, seed: int) -> DataBundle:
+def build_data(cfg: DictConfig) -> DataBundle:
     """The samples that the `data` part of the config describes.
 
     Raises ConfigError for a setting that cannot work, DataError for a source that is missing, damaged or too
-    small.
+    small, AnalysisError for a list of samples that cannot be read.
     """
     if cfg.kind not in SOURCES:
         raise ConfigError(f"data.kind={cfg.kind!r} is no data source; choose one of {', '.join(SOURCES)}.")
-    return SOURCES[cfg.kind](cfg, seed)
+    return restrict(SOURCES[cfg.kind](cfg), cfg)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from conf.errors import ConfigError
 from ghost.batch import Items
 from runners.choices import TaskName
-from runners.errors import ConfigError
 
 Inputs = torch.Tensor | dict[str, torch.Tensor | Items]
 SampleInputs = torch.Tensor | dict[str, torch.Tensor]

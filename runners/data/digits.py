@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
+from conf.errors import ConfigError
 from runners.choices import TaskName
 from runners.data.base import DataBundle, Item, SampleSet, require_at_least
 from runners.data.images import resized
 from runners.data.selection import choose_rows
-from runners.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ class DigitSet(SampleSet):
         return f"{self.domains[i]}, labelled {int(self.labels[i])}{note}"[:width]
 
 
-def build_digits(cfg: DictConfig, seed: int) -> DataBundle:
+def build_digits(cfg: DictConfig) -> DataBundle:
     """All digits: `data.val_samples` of them, the same for every seed, for validation, the rest for training.
 
-    `data.label_noise` is the share of training labels that are replaced by a wrong class, picked by the seed.
-    Raises ConfigError for a share or a number of samples out of range.
+    `data.label_noise` is the share of training labels that are replaced by a wrong class, picked by
+    `data.seed`. Raises ConfigError for a share or a number of samples out of range.
     """
     # scikit-learn takes a second to import, and language runs do without it.
     from sklearn.datasets import load_digits
@@ -62,9 +62,9 @@ def build_digits(cfg: DictConfig, seed: int) -> DataBundle:
     classes = classes.astype(np.int64)
     _check(cfg, len(classes))
     ids = [f"digits/{row}" for row in range(len(classes))]
-    train_rows, val_rows = choose_rows(ids, None, cfg.val_samples, seed)
+    train_rows, val_rows = choose_rows(ids, None, cfg.val_samples, cfg.seed)
     images = digit_images(pixels, cfg.channels, cfg.image_size) if cfg.as_image else flat_digits(pixels)
-    labels = noisy_labels(classes[train_rows], cfg.label_noise, seed)
+    labels = noisy_labels(classes[train_rows], cfg.label_noise, cfg.seed)
     train = DigitSet(images[train_rows], classes[train_rows], labels, train_rows, 0)
     val = DigitSet(images[val_rows], classes[val_rows], classes[val_rows], val_rows, len(train))
     log.info("Digits: %d of %d training labels are wrong on purpose.", int(train.noisy.sum()), len(train))

@@ -34,26 +34,28 @@ from runners.tokenizer import load_tokenizer
 log = logging.getLogger(__name__)
 
 
-def build_hf(cfg: DictConfig, seed: int) -> DataBundle:
+def build_hf(cfg: DictConfig) -> DataBundle:
     """The data set's rows as samples for `data.task`.
 
     Rows of `data.val_split`, else of `data.split`, are kept for validation: `data.val_samples` of them,
     picked by their ids alone (language: windows of whole documents). All others of `data.split` are trained
-    on, or `data.train_samples` of them, picked by the seed.
+    on, or `data.train_samples` of them, picked by `data.seed`.
 
     Raises ConfigError for keys that do not fit the data set, DataError for one that is missing, damaged or
     too small.
     """
     for key, least in (("seq_len", SHORTEST_WINDOW), ("train_samples", 1), ("val_samples", 1)):
         require_at_least(cfg, key, least)
-    return BUILDERS[TaskName(cfg.task)](cfg, open_source(cfg), seed)
+    return BUILDERS[TaskName(cfg.task)](cfg, open_source(cfg))
 
 
-def _language(cfg: DictConfig, source: Source, seed: int) -> DataBundle:
+def _language(cfg: DictConfig, source: Source) -> DataBundle:
     documents, held = _documents(cfg, source)
     tokenizer = load_tokenizer(cfg.tokenizer)
     corpus = Corpus(documents, tokenizer, cfg.seq_len, SHORTEST_WINDOW)
-    train_keys, val_keys = choose(corpus.ids, corpus.count, cfg.train_samples, cfg.val_samples, seed, held)
+    train_keys, val_keys = choose(
+        corpus.ids, corpus.count, cfg.train_samples, cfg.val_samples, cfg.seed, held
+    )
     train = [corpus.window(i, k) for i, k in train_keys.tolist()]
     val = [corpus.window(i, k) for i, k in val_keys.tolist()]
     log.info(
@@ -90,10 +92,10 @@ def _read(table: Any, row: int, field: str) -> str:
     return text
 
 
-def _seq2seq(cfg: DictConfig, source: Source, seed: int) -> DataBundle:
+def _seq2seq(cfg: DictConfig, source: Source) -> DataBundle:
     fields = [field_of(cfg, source, key) for key in ("source_field", "target_field")]
     target_len = cfg.seq_len if cfg.target_len is None else cfg.target_len
-    sides = choose_sides(cfg, source, source.split_names(), seed)
+    sides = choose_sides(cfg, source, source.split_names())
     tokenizer = load_tokenizer(cfg.tokenizer)
     tokens, targets = (
         _tokens(tokenizer, source, field, sides, longest)
@@ -104,10 +106,10 @@ def _seq2seq(cfg: DictConfig, source: Source, seed: int) -> DataBundle:
     return _text_row_bundle(cfg, source, train, val, len(tokenizer), None)
 
 
-def _text_classes(cfg: DictConfig, source: Source, seed: int) -> DataBundle:
+def _text_classes(cfg: DictConfig, source: Source) -> DataBundle:
     field = field_of(cfg, source, "text_field")
     classes, class_names = row_classes(cfg, source)
-    sides = choose_sides(cfg, source, [class_names[k] for k in classes.tolist()], seed)
+    sides = choose_sides(cfg, source, [class_names[k] for k in classes.tolist()])
     tokenizer = load_tokenizer(cfg.tokenizer)
     tokens = _tokens(tokenizer, source, field, sides, cfg.seq_len)
     labels = [classes[row] for side in sides for row in side.rows]
@@ -115,13 +117,13 @@ def _text_classes(cfg: DictConfig, source: Source, seed: int) -> DataBundle:
     return _text_row_bundle(cfg, source, train, val, len(tokenizer), len(class_names))
 
 
-def _image_classes(cfg: DictConfig, source: Source, seed: int) -> DataBundle:
+def _image_classes(cfg: DictConfig, source: Source) -> DataBundle:
     column = ImageColumn(
         source, field_of(cfg, source, "image_field"), cfg.channels, cfg.image_size,
         Normalisation(cfg.mean, cfg.std, cfg.channels),
     )  # fmt: skip
     classes, class_names = row_classes(cfg, source)
-    sides = choose_sides(cfg, source, [class_names[k] for k in classes.tolist()], seed)
+    sides = choose_sides(cfg, source, [class_names[k] for k in classes.tolist()])
     train = ImageRows(column, sides[0], classes, class_names, 0)
     val = ImageRows(column, sides[1], classes, class_names, len(train))
     return DataBundle(
@@ -139,7 +141,7 @@ def _image_classes(cfg: DictConfig, source: Source, seed: int) -> DataBundle:
     )
 
 
-BUILDERS: dict[TaskName, Callable[[DictConfig, Source, int], DataBundle]] = {
+BUILDERS: dict[TaskName, Callable[[DictConfig, Source], DataBundle]] = {
     TaskName.language: _language,
     TaskName.seq2seq: _seq2seq,
     TaskName.text_classes: _text_classes,

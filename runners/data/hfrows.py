@@ -35,11 +35,11 @@ class Side:
     domains: Sequence[str]
 
 
-def choose_sides(cfg: DictConfig, source: Source, domains: Sequence[str], seed: int) -> tuple[Side, Side]:
+def choose_sides(cfg: DictConfig, source: Source, domains: Sequence[str]) -> tuple[Side, Side]:
     """The training side and the validation side; `domains` `[rows]` where no `data.domain_field` is given."""
     ids = row_ids(cfg, source, source.row_names("/"))
     domains = row_domains(cfg, source, domains)
-    chosen = choose_rows(ids, cfg.train_samples, cfg.val_samples, seed, source.held)
+    chosen = choose_rows(ids, cfg.train_samples, cfg.val_samples, cfg.seed, source.held)
     train, val = (
         Side(rows, [ids[i] for i in rows], [domains[i] for i in rows])
         for rows in (part.tolist() for part in chosen)

@@ -16,7 +16,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from omegaconf import DictConfig
 
-from runners.errors import ConfigError, DataError, first_line
+from conf.errors import ConfigError, first_line
+from runners.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

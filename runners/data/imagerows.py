@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from conf.errors import ConfigError
 from runners.data.base import Item, SampleSet
 from runners.data.hfrows import Side
 from runners.data.hub import Source
 from runners.data.images import Normalisation, image_tensor
-from runners.errors import ConfigError
 
 
 class ImageColumn:

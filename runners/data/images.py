@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from runners.errors import ConfigError, DataError
+from conf.errors import ConfigError
+from runners.errors import DataError
 
 # How PIL converts to so many channels: grey is repeated, colour weighed to its brightness.
 MODES = {1: "L", 3: "RGB"}

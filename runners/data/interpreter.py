@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from omegaconf import DictConfig
 
+from conf.errors import ConfigError
 from runners.data.base import DataBundle, require_at_least
 from runners.data.corpus import code_documents, docs_documents, legal_documents, origin
 from runners.data.selection import VAL_FRACTION, VAL_SEED, WindowKey, draw, stable_unit
 from runners.data.windows import SHORTEST_WINDOW, Corpus, Document, Window, window_bundle
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 from runners.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -23,11 +24,11 @@ DOMAINS: dict[str, Callable[[], list[Document]]] = {
 }
 
 
-def build_interpreter(cfg: DictConfig, seed: int) -> DataBundle:
+def build_interpreter(cfg: DictConfig) -> DataBundle:
     """Windows of `data.seq_len` tokens, as many of each domain (up to one).
 
-    A tenth of the documents, picked by their names alone, is kept for validation; the seed picks the training
-    windows. With `data.shuffled_domain` one of the equal parts of the training samples is a domain
+    A tenth of the documents, picked by their names alone, is kept for validation; `data.seed` picks the
+    training windows. With `data.shuffled_domain` one of the equal parts of the training samples is a domain
     `<name>-shuffled`: windows of that domain which are used nowhere else, their tokens in random order.
 
     Raises ConfigError for an unknown domain, DataError if the installation has too little text.
@@ -43,9 +44,9 @@ def build_interpreter(cfg: DictConfig, seed: int) -> DataBundle:
             Corpus(documents, tokenizer, cfg.seq_len, shortest=cfg.seq_len)
             for documents in _sides(share.domain)
         )
-        keys = _draw(train_corpus, share.train + share.shuffled, seed, f"training, domain {share.domain}")
+        keys = _draw(train_corpus, share.train + share.shuffled, cfg.seed, f"training, domain {share.domain}")
         train += [train_corpus.window(*key) for key in sorted(keys[: share.train])]
-        train += [shuffled(train_corpus.window(*key), seed) for key in sorted(keys[share.train :])]
+        train += [shuffled(train_corpus.window(*key), cfg.seed) for key in sorted(keys[share.train :])]
         keys = _draw(val_corpus, share.val, VAL_SEED, f"validation, domain {share.domain}")
         val += [val_corpus.window(*key) for key in sorted(keys)]
         corpora += [train_corpus, val_corpus]

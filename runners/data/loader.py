@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from conf.errors import ConfigError
 from ghost.atomic import written_beside
 from ghost.batch import Items
 from ghost.loss import IGNORED_LABEL
 from runners.data.base import Batch, Inputs, Item, Layout, SampleInputs, SampleSet
-from runners.errors import ConfigError
 
 ROWS_PER_WRITE = 65_536
 

@@ -18,12 +18,12 @@ from omegaconf import DictConfig
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 
+from conf.errors import ConfigError
 from ghost.loss import IGNORED_LABEL
 from runners.choices import TaskName
 from runners.data.base import PADDING_ID, DataBundle, Item, Layout, SampleSet, one_line, require_at_least
 from runners.data.digits import SIDE, flat_digits
 from runners.data.selection import choose_rows
-from runners.errors import ConfigError
 from runners.tokenizer import load_tokenizer
 
 IMAGE_TOKEN = "<image>"
@@ -78,7 +78,7 @@ class QuestionSet(SampleSet):
         return one_line(f"{question.prompt} {question.answer}", width)
 
 
-def build_questions(cfg: DictConfig, seed: int) -> DataBundle:
+def build_questions(cfg: DictConfig) -> DataBundle:
     """A question for each of the 1,797 digits; no image stands in two of them.
 
     Raises ConfigError for image sizes that do not fit each other, an image token that is not the tokenizer's,
@@ -92,7 +92,7 @@ def build_questions(cfg: DictConfig, seed: int) -> DataBundle:
     pixels, classes = load_digits(return_X_y=True)
     questions = make_questions(classes)
     ids = [question.sample_id for question in questions]
-    train_rows, val_rows = choose_rows(ids, cfg.train_samples, cfg.val_samples, seed)
+    train_rows, val_rows = choose_rows(ids, cfg.train_samples, cfg.val_samples, cfg.seed)
     processor = build_processor(cfg)
     images = [Image.fromarray(image) for image in to_bytes(pixels)]
     train, val = (

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
+from conf.errors import ConfigError
 from runners.choices import TaskName
 from runners.data.base import DataBundle, Item, SampleSet, one_line, require_at_least
 from runners.data.labels import classes_of
 from runners.data.selection import choose_rows
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class TableSet(SampleSet):
         return one_line(f"{self._class_names[int(self.labels[i])]}: {numbers}", width)
 
 
-def build_table(cfg: DictConfig, seed: int) -> DataBundle:
+def build_table(cfg: DictConfig) -> DataBundle:
     """All rows: `data.val_samples` of them, the same for every seed, for validation, the rest for training.
 
     Columns are standardised by the training rows' mean and standard deviation.
@@ -70,7 +71,7 @@ def build_table(cfg: DictConfig, seed: int) -> DataBundle:
     """
     require_at_least(cfg, "val_samples", 1)
     table = _bundled(cfg) if cfg.path in BUNDLED else _from_file(cfg)
-    train_rows, val_rows = choose_rows(table.ids, cfg.train_samples, cfg.val_samples, seed)
+    train_rows, val_rows = choose_rows(table.ids, cfg.train_samples, cfg.val_samples, cfg.seed)
     features = _standardised(table, train_rows)
     train = TableSet(table, features, train_rows, 0)
     val = TableSet(table, features, val_rows, len(train))

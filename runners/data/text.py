@@ -14,11 +14,11 @@ from runners.tokenizer import load_tokenizer
 log = logging.getLogger(__name__)
 
 
-def build_text(cfg: DictConfig, seed: int) -> DataBundle:
+def build_text(cfg: DictConfig) -> DataBundle:
     """Documents of `data.path` in windows of `data.seq_len` tokens; a document's last window may be shorter.
 
     Whole documents are kept for validation, picked by their ids alone. All windows of the others are trained
-    on, or `data.train_samples` of them, picked by the seed.
+    on, or `data.train_samples` of them, picked by `data.seed`.
 
     Raises DataError for files that cannot be read as `data` says, or that hold too little.
     """
@@ -32,7 +32,7 @@ def build_text(cfg: DictConfig, seed: int) -> DataBundle:
     ]
     tokenizer = load_tokenizer(cfg.tokenizer)
     corpus = Corpus(documents, tokenizer, cfg.seq_len, SHORTEST_WINDOW)
-    train_keys, val_keys = choose(corpus.ids, corpus.count, cfg.train_samples, cfg.val_samples, seed)
+    train_keys, val_keys = choose(corpus.ids, corpus.count, cfg.train_samples, cfg.val_samples, cfg.seed)
     train = [corpus.window(i, k) for i, k in train_keys.tolist()]
     val = [corpus.window(i, k) for i, k in val_keys.tolist()]
     log.info(

@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
+from conf.errors import ConfigError
 from runners.choices import TaskName
 from runners.data.base import DataBundle, Item, SampleSet, one_line, require_at_least, token_rows
 from runners.data.selection import choose
 from runners.data.tasks import text_bundle
 from runners.data.tokenfiles import DTYPES, META, DomainTokens, LazyStrings, Meta, TokenFile, open_prepared
 from runners.data.windows import SHORTEST_WINDOW
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 from runners.tokenizer import decode, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 BARE_VALIDATION = "val"
 
 
-def build_tokens(cfg: DictConfig, seed: int) -> DataBundle:
+def build_tokens(cfg: DictConfig) -> DataBundle:
     """Windows of `data.seq_len` tokens of the documents in `data.path`; a document's last window may be
     shorter.
 
@@ -48,7 +49,12 @@ def build_tokens(cfg: DictConfig, seed: int) -> DataBundle:
         tokenizer, vocab_size = None, cfg.vocab_size
         store = TokenStore(_open_bare(cfg, folder), cfg.seq_len, documents_known=False)
     train_keys, val_keys = choose(
-        store.documents, store.count, cfg.train_samples, cfg.val_samples, seed, held=store.marked_validation()
+        store.documents,
+        store.count,
+        cfg.train_samples,
+        cfg.val_samples,
+        cfg.seed,
+        held=store.marked_validation(),
     )
     train = TokenSet(store, train_keys, 0, tokenizer)
     val = TokenSet(store, val_keys, len(train), tokenizer)

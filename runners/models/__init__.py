@@ -4,7 +4,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from runners.errors import ConfigError
+from conf.errors import ConfigError
 from runners.models import huggingface
 from runners.models.hf_config import DataFacts
 from runners.models.small import cnn, mlp

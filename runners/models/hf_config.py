@@ -9,9 +9,9 @@ from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig
 
+from conf.errors import ConfigError
+from conf.help_text import typed
 from runners.choices import Architecture, TaskName
-from runners.errors import ConfigError
-from runners.help_text import typed
 from runners.models.keys import CLASS_TASKS, Keys, is_dropout, read_keys
 from runners.tasks import model_task
 

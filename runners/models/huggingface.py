@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from conf.errors import ConfigError, first_line
 from runners.choices import TaskName
-from runners.errors import ConfigError, first_line
 from runners.models.hf_config import DataFacts, make_config
 from runners.models.pretrained import find, load, saved_config
 from runners.tasks import model_task

@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from conf.errors import ConfigError
+from conf.help_text import typed
+from conf.hydra_errors import suggestion
 from runners.choices import TaskName
-from runners.errors import ConfigError
-from runners.help_text import typed
-from runners.hydra_errors import suggestion
 from runners.tasks import model_task
 
 # Of every configuration class; none of these is the shape of a model.

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as logging_of_transformers
 
-from runners.errors import ConfigError, first_line
+from conf.errors import ConfigError, first_line
 from runners.models.keys import CLASS_TASKS
 from runners.tasks import model_task
 

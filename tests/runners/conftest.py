@@ -5,10 +5,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 from runners import cli
 
 Line = Callable[..., int]
+
+
+def data_config(seed: int = 0, **keys: object) -> DictConfig:
+    """A `data` node with what all sources share."""
+    return OmegaConf.create({"seed": seed, "keep": None, "drop": None, **keys})
 
 
 @pytest.fixture
@@ -30,16 +36,6 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     for handler in set(root.handlers) - set(handlers):
         handler.close()
     root.handlers[:], root.level = handlers, level
-
-
-@pytest.fixture(scope="session")
-def ready_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty tracking store, made once: creating one takes seconds, copying it none."""
-    from runners.mlflow_store import open_store
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    open_store(f"sqlite:///{path}", "unused")
-    return path
 
 
 @pytest.fixture

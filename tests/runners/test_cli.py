@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from runners import cli
+from conf.command import FAILED, INTERRUPTED, MISTAKE
 from runners.errors import DataError
 from tests.runners.conftest import Line
 
@@ -72,7 +72,7 @@ MISTAKES = {
 def test_mistakes_get_one_line_and_leave_nothing(
     argument: str, line: Line, trained: list[DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert line(argument) == cli.MISTAKE
+    assert line(argument) == MISTAKE
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
@@ -94,7 +94,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(
     line: Line, trained: list[DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    assert line("hydra.run.dir=file/run") == cli.MISTAKE
+    assert line("hydra.run.dir=file/run") == MISTAKE
     said = capsys.readouterr().err
     assert said.startswith("file/run cannot be written (Not a directory): choose another hydra.run.dir")
     assert len(said.splitlines()) == 1
@@ -104,7 +104,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(
 def test_a_mistake_in_the_data_is_one_logged_sentence(
     line: Line, trained: list[DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert line("seed=1") == cli.MISTAKE
+    assert line("seed=1") == MISTAKE
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert err.endswith("data.path=x is empty: type data.path=PATH\n")
@@ -113,7 +113,7 @@ def test_a_mistake_in_the_data_is_one_logged_sentence(
 
 
 def test_a_failed_run_logs_its_traceback(line: Line, trained: list[DictConfig], tmp_path: Path) -> None:
-    assert line("seed=2") == cli.FAILED
+    assert line("seed=2") == FAILED
     (log,) = tmp_path.glob("outputs/*/*/run.log")
     assert "Traceback" in log.read_text()
     assert "ValueError: surprise" in log.read_text()
@@ -122,14 +122,14 @@ def test_a_failed_run_logs_its_traceback(line: Line, trained: list[DictConfig], 
 def test_an_interrupt_is_one_line(
     line: Line, trained: list[DictConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert line("seed=3") == cli.INTERRUPTED
+    assert line("seed=3") == INTERRUPTED
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "Interrupted" in err
 
 
 def test_a_sweep_goes_on_after_a_failed_job(line: Line, trained: list[DictConfig]) -> None:
-    assert line("-m", "seed=1,2,0") == cli.MISTAKE
+    assert line("-m", "seed=1,2,0") == MISTAKE
     assert [cfg.seed for cfg in trained] == [1, 2, 0]
     logs = [(Path(cfg.output_dir) / "run.log").read_text() for cfg in trained]
     assert "data.path=x is empty" in logs[0]
@@ -138,14 +138,14 @@ def test_a_sweep_goes_on_after_a_failed_job(line: Line, trained: list[DictConfig
 
 
 def test_a_sweep_checks_each_job(line: Line, trained: list[DictConfig]) -> None:
-    assert line("-m", "data.seq_len=64,4096") == cli.MISTAKE
+    assert line("-m", "data.seq_len=64,4096") == MISTAKE
     assert [cfg.data.seq_len for cfg in trained] == [64]
 
 
 def test_a_sweep_names_an_unknown_choice(
     line: Line, trained: list[DictConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert line("-m", "model=gpt2,gpt3") == cli.MISTAKE
+    assert line("-m", "model=gpt2,gpt3") == MISTAKE
     assert "model=gpt3 is not a choice: did you mean gpt2?" in capsys.readouterr().err
 
 
@@ -197,7 +197,7 @@ def test_a_bad_experiment_file_gets_one_line(
     text: str, parts: list[str], line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.json").write_text(text)
-    assert line("experiment=bad.json") == cli.MISTAKE
+    assert line("experiment=bad.json") == MISTAKE
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     for part in parts:
@@ -253,7 +253,7 @@ def test_completion_offers_choices(
 def test_nothing_heavy_is_imported_and_any_directory_will_do(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / "run.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == (0 if arguments[0].startswith("--") else cli.MISTAKE)
+    assert done.returncode == (0 if arguments[0].startswith("--") else MISTAKE)
     modules = {
         row.rpartition("|")[2].strip() for row in done.stderr.splitlines() if row.startswith("import time")
     }

@@ -4,7 +4,6 @@ loss of a batch is the mean over the labels of its rows taken one at a time, wit
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,6 +20,7 @@ from transformers import (
 from ghost.batch import Items
 from runners.data import build_data
 from runners.data.loader import val_batch
+from tests.runners.conftest import data_config
 
 INTERPRETER = {
     "kind": "interpreter", "seq_len": 16, "train_samples": 6, "val_samples": 6, "tokenizer": "gpt2",
@@ -34,7 +34,7 @@ VOCABULARY = 50_258
 
 
 def bundle(**cfg):
-    return build_data(OmegaConf.create(cfg), 0)
+    return build_data(data_config(0, **cfg))
 
 
 def t5():

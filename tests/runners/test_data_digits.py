@@ -1,19 +1,19 @@
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
+from conf.errors import ConfigError
 from runners.data import build_data
 from runners.data.images import resized
 from runners.data.loader import val_batch
-from runners.errors import ConfigError
+from tests.runners.conftest import data_config
 
 
 def build(seed=0, **changes):
     cfg = {"kind": "digits", "val_samples": 297, "as_image": False, "image_size": 8, "channels": 1}
     cfg |= {"label_noise": 0.0, **changes}
-    return build_data(OmegaConf.create(cfg), seed)
+    return build_data(data_config(seed, **cfg))
 
 
 def test_every_digit_is_on_one_side_with_its_own_row():
@@ -78,7 +78,7 @@ def test_impossible_settings_are_refused(changes):
 
 def test_an_unknown_source_is_refused():
     with pytest.raises(ConfigError, match="choose one of interpreter, text, tokens, hf, digits"):
-        build_data(OmegaConf.create({"kind": "csv"}), 0)
+        build_data(data_config(kind="csv"))
 
 
 def test_images_are_interpolated_and_their_channels_are_alike():

@@ -9,13 +9,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
+from conf.errors import ConfigError
 from runners.data import build_data
 from runners.data.loader import eval_batches, train_batches, val_batch
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 from runners.tokenizer import encode, load_tokenizer
+from tests.runners.conftest import data_config
 
 FIELDS = ("text", "source", "target", "image", "label", "domain", "id")
 BASE = {
@@ -34,7 +35,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def build(path, seed=0, **changes):
-    return build_data(OmegaConf.create({**BASE, "path": str(path), **changes}), seed)
+    return build_data(data_config(seed, **{**BASE, "path": str(path), **changes}))
 
 
 def reviews(count=12):
@@ -314,7 +315,7 @@ def test_without_a_network_the_hub_is_asked_once_and_quickly(monkeypatch, caplog
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     began = time.perf_counter()
     with pytest.raises(DataError, match=r"The data set nobody/nothing cannot be opened \(Couldn't reach"):
-        build_data(OmegaConf.create({**BASE, "name": "nobody/nothing"}), 0)
+        build_data(data_config(**{**BASE, "name": "nobody/nothing"}))
     assert time.perf_counter() - began < 5
     assert asked == ["nobody/nothing"]
     assert "The hub does not give nobody/nothing (Name or service not known)" in caplog.text

@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
+from conf.errors import ConfigError
 from runners.data.images import Normalisation, image_tensor, resized
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 
 
 def test_resizing_keeps_what_is_even():

@@ -2,12 +2,13 @@ from collections import Counter
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from conf.errors import ConfigError
 from runners.data import build_data
 from runners.data.corpus import docs_documents
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 from runners.tokenizer import encode
+from tests.runners.conftest import data_config
 
 BASE = {
     "kind": "interpreter",
@@ -22,7 +23,7 @@ BASE = {
 
 
 def build(seed=0, **changes):
-    return build_data(OmegaConf.create({**BASE, **changes}), seed)
+    return build_data(data_config(seed, **{**BASE, **changes}))
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from conf.errors import ConfigError
 from runners.choices import TaskName
 from runners.data.base import DataBundle, Item, SampleSet, token_rows
 from runners.data.loader import eval_batches, taking_turns, train_batches, val_batch, write_samples
-from runners.errors import ConfigError
 
 
 class Counting(SampleSet):

@@ -2,15 +2,15 @@ from collections import Counter
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
+from conf.errors import ConfigError
 from ghost.batch import Items
 from runners.data import build_data
 from runners.data.loader import collate, train_batches, val_batch
 from runners.data.questions import IMAGE_TOKEN, build_processor, make_questions
-from runners.errors import ConfigError
 from runners.tokenizer import load_tokenizer
+from tests.runners.conftest import data_config
 
 IMAGE_TOKEN_ID = 50_257
 BASE = {
@@ -19,13 +19,13 @@ BASE = {
 }  # fmt: skip
 
 
-def config(**changes):
-    return OmegaConf.create({**BASE, **changes})
+def config(seed=0, **changes):
+    return data_config(seed, **{**BASE, **changes})
 
 
 @pytest.fixture(scope="module")
 def bundle():
-    return build_data(config(), 0)
+    return build_data(config())
 
 
 def test_rows_are_mixed_and_answers_are_right():
@@ -91,10 +91,10 @@ def test_a_batch_without_images_has_items_of_length_zero(bundle):
 
 
 def test_validation_domains_take_turns_and_the_split_follows_no_seed(bundle):
-    other = build_data(config(), 1)
+    other = build_data(config(seed=1))
     assert other.val.sample_ids == bundle.val.sample_ids
     assert other.train.sample_ids != bundle.train.sample_ids
-    assert bundle.fingerprint == build_data(config(), 0).fingerprint != other.fingerprint
+    assert bundle.fingerprint == build_data(config()).fingerprint != other.fingerprint
     assert val_batch(bundle.val).labels.shape == (9, 64)
 
 
@@ -114,4 +114,4 @@ def test_the_sizes_can_be_those_of_a_real_model():
 )
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        build_data(config(**changes), 0)
+        build_data(config(**changes))

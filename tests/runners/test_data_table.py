@@ -4,12 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from omegaconf import OmegaConf
 from sklearn.datasets import load_wine
 
+from conf.errors import ConfigError
 from runners.data import build_data
 from runners.data.loader import val_batch
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
+from tests.runners.conftest import data_config
 
 BASE = {
     "kind": "table", "path": "wine", "label_field": None, "domain_field": None, "id_field": None,
@@ -18,7 +19,7 @@ BASE = {
 
 
 def build(seed=0, **changes):
-    return build_data(OmegaConf.create({**BASE, **changes}), seed)
+    return build_data(data_config(seed, **{**BASE, **changes}))
 
 
 def write(path, text):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from runners.data import build_data
 from runners.data.loader import eval_batches, val_batch
 from runners.errors import DataError
+from tests.runners.conftest import data_config
 
 BASE = {
     "kind": "text", "text_field": "text", "domain_field": "domain", "id_field": "id", "domain": None,
@@ -29,7 +29,7 @@ def path(tmp_path):
 
 
 def build(path, task, **changes):
-    return build_data(OmegaConf.create({**BASE, "path": str(path), "task": task, **changes}), 0)
+    return build_data(data_config(0, **{**BASE, "path": str(path), "task": task, **changes}))
 
 
 @pytest.mark.parametrize("task", ["seq2seq", "text_classes"])
@@ -80,8 +80,8 @@ def test_the_interpreter_gives_all_three_tasks():
         "kind": "interpreter", "seq_len": 16, "train_samples": 12, "val_samples": 3, "tokenizer": "gpt2",
         "domains": ["code", "docs", "legal"], "shuffled_domain": None,
     }  # fmt: skip
-    classes = build_data(OmegaConf.create({**cfg, "task": "text_classes"}), 0)
+    classes = build_data(data_config(**{**cfg, "task": "text_classes"}))
     assert classes.num_classes == 3
     assert sorted({int(classes.train[i][1]) for i in range(12)}) == [0, 1, 2]
-    pairs = build_data(OmegaConf.create({**cfg, "task": "seq2seq"}), 0)
+    pairs = build_data(data_config(**{**cfg, "task": "seq2seq"}))
     assert all(len(pairs.train[i][1]) == 8 for i in range(12))

@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from conf.errors import ConfigError
 from runners.data import build_data
 from runners.data.loader import eval_batches
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 from runners.tokenizer import encode, load_tokenizer
+from tests.runners.conftest import data_config
 
 BASE = {
     "kind": "text",
@@ -33,7 +34,7 @@ ROWS = [
 
 
 def build(path, seed=0, **changes):
-    return build_data(OmegaConf.create({**BASE, "path": str(path), **changes}), seed)
+    return build_data(data_config(seed, **{**BASE, "path": str(path), **changes}))
 
 
 def write_jsonl(path, rows=ROWS):

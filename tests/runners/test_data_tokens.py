@@ -6,10 +6,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from conf.errors import ConfigError
 from runners.data import build_data
 from runners.data.loader import train_batches
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 from runners.prepare import prepare
+from tests.runners.conftest import data_config
 
 TEXT = {
     "kind": "text",
@@ -18,6 +20,8 @@ TEXT = {
     "id_field": "id",
     "domain": None,
     "tokenizer": "gpt2",
+    "keep": None,
+    "drop": None,
 }
 TOKENS = {
     "kind": "tokens",
@@ -31,7 +35,7 @@ TOKENS = {
 
 
 def build(folder, seed=0, **changes):
-    return build_data(OmegaConf.create({**TOKENS, "path": str(folder), **changes}), seed)
+    return build_data(data_config(seed, **{**TOKENS, "path": str(folder), **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def contents(samples):
 
 def test_prepared_tokens_give_the_samples_of_the_text(folder, rows_file):
     tokens = build(folder)
-    text = build_data(OmegaConf.create({**TOKENS, **TEXT, "path": str(rows_file)}), 0)
+    text = build_data(data_config(**{**TOKENS, **TEXT, "path": str(rows_file)}))
     assert contents(tokens.train) == contents(text.train)
     assert contents(tokens.val) == contents(text.val)
     assert tokens.vocab_size == 50_257

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from conf.command import MISTAKE
 from ghost import GhostConfig, GradProjLoRAEngine
 from ghost.distortion import measured_distortion
 from runners import cli, distortion
@@ -91,7 +92,7 @@ def test_the_numbers_are_those_of_plain_gradients(measure: Measure) -> None:
     folder = measure(*TOKENS, *FEW, "dtype=fp64", "distortion.ranks=[16]", "distortion.kinds=[rademacher]")
     cfg = saved_config(folder)
     torch.manual_seed(cfg.seed)
-    data = build_data(cfg.data, cfg.seed)
+    data = build_data(cfg.data)
     model = build_model(cfg.model, data.vocab_size, data.input_shape, data.num_classes, cfg.data.seq_len)
     model, task = model.double().eval(), build_task(cfg, torch.device("cpu"))
     batch = next(train_batches(data.train, 9, cfg.seed, cfg.data.shuffle, 0))
@@ -206,7 +207,7 @@ def test_mistakes_are_said_in_one_sentence(
     command: Line, override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").touch()
-    assert command(*DIGITS, "tracking=none", override) == cli.MISTAKE
+    assert command(*DIGITS, "tracking=none", override) == MISTAKE
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     for part in REFUSED[override]:

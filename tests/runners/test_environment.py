@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
+from conf.telemetry import disable_telemetry
 from runners import environment
-from runners.telemetry import disable_telemetry
 
 Mount = namedtuple("Mount", "mountpoint fstype")
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from analysis.tracking_store import resolve_uri, without_password
+from conf.errors import ConfigError
 from runners import mlflow_store
-from runners.errors import ConfigError
-from runners.mlflow_store import open_store, resolve_uri, without_password
+from runners.mlflow_store import open_store
 
 
 def test_uri_is_made_absolute(tmp_path: Path) -> None:

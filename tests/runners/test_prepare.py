@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
+from conf.errors import ConfigError
 from runners.data.tokenfiles import smallest_dtype
-from runners.errors import ConfigError, DataError
+from runners.errors import DataError
 from runners.prepare import prepare
 from runners.tokenizer import encode, load_tokenizer
 
@@ -30,6 +31,8 @@ def config(path, out, **changes):
         "id_field": "id",
         "domain": None,
         "tokenizer": "gpt2",
+        "keep": None,
+        "drop": None,
         **changes,
     }
     return OmegaConf.create({"data": data, "prepare": {"out": str(out)}})
@@ -109,6 +112,8 @@ def test_other_sources_and_missing_keys_are_refused(rows_file, tmp_path):
         prepare(config(rows_file, tmp_path / "tokens", kind="digits"))
     with pytest.raises(ConfigError, match=r"prepare.out is not set"):
         prepare(config(rows_file, "???"))
+    with pytest.raises(ConfigError, match=r"data.drop=bad.txt has no effect here"):
+        prepare(config(rows_file, tmp_path / "tokens", drop="bad.txt"))
 
 
 @pytest.mark.parametrize(

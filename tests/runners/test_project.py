@@ -19,13 +19,13 @@ import torch
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
+from conf.command import FAILED, INTERRUPTED, MISTAKE
+from conf.errors import ConfigError
 from ghost import GradProjLoRAEngine, ProjectionStore
 from ghost.loss import IGNORED_LABEL
-from runners import cli
 from runners.data import build_data
 from runners.data.base import Inputs
 from runners.data.loader import collate
-from runners.errors import ConfigError
 from runners.losses import Task, build_task
 from runners.models import build_model
 from runners.project import part_of, projection_config
@@ -120,7 +120,7 @@ def test_a_row_is_the_projection_of_the_samples_own_gradient(run: Run) -> None:
     """The last window is shorter than the others, and shares its batch with none."""
     folder = run("dtype=fp64")
     store, cfg = ProjectionStore.open(folder), saved_config(folder)
-    data, task = build_data(cfg.data, cfg.seed), build_task(cfg, torch.device("cpu"))
+    data, task = build_data(cfg.data), build_task(cfg, torch.device("cpu"))
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, data.vocab_size, None, None).double().eval()
     engine = GradProjLoRAEngine(model, projection_config(cfg, task))
@@ -225,7 +225,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bytes(
     whole = run()
     dies(5, KeyboardInterrupt())
     store = tmp_path / "elsewhere" / "store"
-    assert line(*PROJECT, f"engine.store={store}", "hydra.run.dir=dead") == cli.INTERRUPTED
+    assert line(*PROJECT, f"engine.store={store}", "hydra.run.dir=dead") == INTERRUPTED
     log = (tmp_path / "dead" / "run.log").read_text()
     command = shlex.split(log.splitlines()[-2].partition("Go on with: ")[2])
     assert command[2:] == [*PROJECT, f"engine.store={store}"]
@@ -240,7 +240,7 @@ def test_a_failure_keeps_what_is_written_and_the_record_says_so(
     run: Run, line: Line, dies: Callable[[int, BaseException], None], tmp_path: Path
 ) -> None:
     dies(3, RuntimeError("out of luck"))
-    assert line(*PROJECT, "hydra.run.dir=dead") == cli.FAILED
+    assert line(*PROJECT, "hydra.run.dir=dead") == FAILED
     log = (tmp_path / "dead" / "run.log").read_text()
     assert "RuntimeError: out of luck" in log
     assert f"engine.store={tmp_path / 'dead' / 'projections'}" in log
@@ -272,7 +272,7 @@ def test_another_run_does_not_go_on_with_a_store(
     damaged[-1] = (damaged[-1] + 1) % 50
     damaged.tofile(tmp_path / "others" / "walk.bin")
     dies(3, KeyboardInterrupt())
-    assert line(*PROJECT, "engine.store=store", "hydra.run.dir=dead") == cli.INTERRUPTED
+    assert line(*PROJECT, "engine.store=store", "hydra.run.dir=dead") == INTERRUPTED
     if override == "model.path=other":
         torch.manual_seed(1)
         build_model(saved_config(tmp_path / "dead").model, 50, None, None).save_pretrained("other")  # type: ignore[operator]
@@ -280,7 +280,7 @@ def test_another_run_does_not_go_on_with_a_store(
     capsys.readouterr()
     words = [*PROJECT, override, "engine.store=store", "hydra.run.dir=more"]
     kept = [word for word in words if word == override or word.split("=")[0] != override.split("=")[0]]
-    assert line(*kept) == cli.MISTAKE
+    assert line(*kept) == MISTAKE
     last = capsys.readouterr().err.splitlines()[-1]
     for part in [*REFUSED[override], str(tmp_path / "store")]:
         assert part in last
@@ -292,7 +292,7 @@ def test_a_complete_store_is_refused_by_name(
 ) -> None:
     folder = run()
     capsys.readouterr()
-    assert line(*PROJECT, f"engine.store={folder}", "hydra.run.dir=more") == cli.MISTAKE
+    assert line(*PROJECT, f"engine.store={folder}", "hydra.run.dir=more") == MISTAKE
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"engine.store={folder} is complete" in last
     assert f"python -m runners.search store={folder}" in last
@@ -304,7 +304,7 @@ def test_a_folder_of_other_files_is_refused_untouched(
     other = run().parent
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert line(*PROJECT, f"engine.store={other}", "hydra.run.dir=more") == cli.MISTAKE
+    assert line(*PROJECT, f"engine.store={other}", "hydra.run.dir=more") == MISTAKE
     assert f"engine.store={other} has config.yaml and no manifest.json" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
 
@@ -322,7 +322,7 @@ def test_a_folder_that_cannot_be_the_stores_is_refused(
 ) -> None:
     """The files of the run directory are uploaded, and a store's rows are not."""
     write_tokens(tmp_path / "tokens")
-    assert line(*PROJECT, f"engine.store={store}", "hydra.run.dir=more") == cli.MISTAKE
+    assert line(*PROJECT, f"engine.store={store}", "hydra.run.dir=more") == MISTAKE
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"{tmp_path / store} {says}" in last
     assert not (tmp_path / "more" / "store").exists()
@@ -336,7 +336,7 @@ def test_a_description_that_cannot_be_written_is_one_sentence(
 
     monkeypatch.setattr("runners.projection_store.write_samples", full)
     write_tokens(tmp_path / "tokens")
-    assert line(*PROJECT, "hydra.run.dir=run") == cli.MISTAKE
+    assert line(*PROJECT, "hydra.run.dir=run") == MISTAKE
     last = capsys.readouterr().err.splitlines()[-1]
     assert "samples.parquet cannot be written (No space left on device" in last
     assert "make room" in last
@@ -400,7 +400,7 @@ def test_a_rank_goes_on_by_itself(
     store = tmp_path / "shared"
     options = ["engine.world_size=2", f"engine.store={store}"]
     dies(3, KeyboardInterrupt())
-    assert line(*PROJECT, *options, "engine.rank=1", "hydra.run.dir=dead") == cli.INTERRUPTED
+    assert line(*PROJECT, *options, "engine.rank=1", "hydra.run.dir=dead") == INTERRUPTED
     run(*options, "engine.rank=0")
     assert "the store is complete once all are" in capsys.readouterr().out
     assert not ProjectionStore.open(store).complete
@@ -444,5 +444,5 @@ def test_the_whole_command_shows_its_progress_and_previews_on_request(tmp_path: 
     assert done.returncode == 0, done.stderr
     assert "sample 41/41" in done.stderr
     assert "GB written" in done.stderr
-    data = build_data(saved_config(tmp_path / "run" / "projections").data, 0)
+    data = build_data(saved_config(tmp_path / "run" / "projections").data)
     assert any(data.train.preview(i)[:20] in done.stdout for i in range(SAMPLES))

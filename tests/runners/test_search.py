@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from conf.command import MISTAKE
+from conf.errors import ConfigError
 from ghost import ProjectionStore
-from runners import cli, search
-from runners.errors import ConfigError
+from runners import search
 from runners.models import build_model
 from runners.neighbours import SCHEMA, save_neighbours
 from tests.runners.conftest import Line
@@ -189,8 +190,8 @@ def test_moved_weights_are_named_and_others_refused(
     assert command(store, "k=1") == 0
     (tmp_path / "weights").rename(tmp_path / "moved")
     capsys.readouterr()
-    assert command(store, "k=1") == cli.MISTAKE
-    assert command(store, "k=1", "model.path=others") == cli.MISTAKE
+    assert command(store, "k=1") == MISTAKE
+    assert command(store, "k=1", "model.path=others") == MISTAKE
     last = capsys.readouterr().err.splitlines()[-1]
     for part in ("model.path=others", "other weights", str(tmp_path / "second"), "model.path=FOLDER"):
         assert part in last
@@ -236,12 +237,12 @@ def test_what_cannot_be_searched_is_one_sentence(
     for words, parts in REFUSED.items():
         capsys.readouterr()
         store = [] if words[0].startswith("store=") else [STORE]
-        assert command(*store, *words) == cli.MISTAKE, words
+        assert command(*store, *words) == MISTAKE, words
         printed = capsys.readouterr().err
         assert "Traceback" not in printed
         for part in parts:
             assert part in printed.splitlines()[-1], words
-    assert command() == cli.MISTAKE
+    assert command() == MISTAKE
     assert "store has no value" in capsys.readouterr().err
 
 
@@ -257,9 +258,9 @@ def test_labels_that_are_domains_must_be_the_stores(
     Path("others.jsonl").write_text(others)
     data = [word for word in options if word.startswith("data") and "path" not in word]
     capsys.readouterr()
-    assert command(store, "k=1", *data, "data.task=text_classes", "data.path=others.jsonl") == cli.MISTAKE
+    assert command(store, "k=1", *data, "data.task=text_classes", "data.path=others.jsonl") == MISTAKE
     assert "has the classes [a,c], and the store's samples have [a,b]" in capsys.readouterr().err
-    assert command(store, "k=1", "query.text=texts.jsonl") == cli.MISTAKE
+    assert command(store, "k=1", "query.text=texts.jsonl") == MISTAKE
     assert "a store of text_classes samples" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -269,10 +270,10 @@ def test_a_store_without_its_own_description_is_refused(
 ) -> None:
     for content in (b"{", b"{}", b""):
         (made / name).write_bytes(content)
-        assert command(STORE) == cli.MISTAKE
+        assert command(STORE) == MISTAKE
         assert f"store={made} has a damaged {name}" in capsys.readouterr().err.splitlines()[-1]
     (made / name).unlink()
-    assert command(STORE) == cli.MISTAKE
+    assert command(STORE) == MISTAKE
     assert f"{made} has no {name}" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -281,7 +282,7 @@ def test_nothing_left_to_search_is_said(
 ) -> None:
     store = ProjectionStore.open(made)
     store.delete(store.sample_ids)
-    assert command(STORE, "k=1") == cli.MISTAKE
+    assert command(STORE, "k=1") == MISTAKE
     assert "has none of the samples that are to be searched" in capsys.readouterr().err.splitlines()[-1]
 
 

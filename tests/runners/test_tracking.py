@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
-from runners.errors import ConfigError
+from conf.errors import ConfigError
 from runners.tracking import NullTracker, Tracker, build_tracker, flatten
 
 MakeTracker = Callable[..., Tracker]

@@ -17,8 +17,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from conf.command import FAILED, MISTAKE
 from ghost.batch import take_rows
-from runners import cli, train
+from runners import train
 from runners.data import build_data
 from runners.data.digits import DigitSet
 from runners.data.loader import collate
@@ -259,7 +260,7 @@ def test_a_run_that_fails_in_training_keeps_what_was_scored(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode)
     ended = line(*TOKENS, "tracking=mlflow", "trainer.clip_grad_norm=1", "hydra.run.dir=failed")
-    assert ended == cli.FAILED
+    assert ended == FAILED
     folder = tracked_cwd / "failed"
     for name in ("run.log", "traceback.txt"):
         text = (folder / name).read_text()
@@ -280,7 +281,7 @@ def test_a_bad_token_in_a_late_window_is_one_sentence(
     line: Line, tracked_cwd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tokens(tracked_cwd / "tokens", bad_window=9)
-    assert line(*TOKENS, "tracking=mlflow", "data.shuffle=false", "hydra.run.dir=failed") == cli.MISTAKE
+    assert line(*TOKENS, "tracking=mlflow", "data.shuffle=false", "hydra.run.dir=failed") == MISTAKE
     last = capsys.readouterr().err.splitlines()[-1]
     assert "walk.bin holds the token 50 between the tokens 108 and 120, and the vocabulary has 50" in last
     rows = shards(tracked_cwd / "failed")
@@ -296,7 +297,7 @@ def test_a_directory_with_an_earlier_run_is_refused_untouched(
     folder = run(*TOKENS)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert line(*TOKENS, "seed=1", f"hydra.run.dir={folder}") == cli.MISTAKE
+    assert line(*TOKENS, "seed=1", f"hydra.run.dir={folder}") == MISTAKE
     assert "holds an earlier run" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -305,7 +306,7 @@ def test_jobs_of_a_sweep_do_not_share_a_directory(
     run: Run, line: Line, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=same"]
-    assert line("-m", *TOKENS, *options) == cli.MISTAKE
+    assert line("-m", *TOKENS, *options) == MISTAKE
     assert "holds an earlier run" in capsys.readouterr().err
 
 
@@ -339,7 +340,7 @@ def test_logged_scores_are_those_of_plain_autograd_for_the_logged_samples(run: R
         *TOKENS, "dtype=fp64", "optimizer=sgd", "optimizer.lr=0.5", f"engine.val_mode={val_mode}", "seed=3"
     )
     cfg, rows = saved_config(folder), shards(folder)
-    data, task = build_data(cfg.data, cfg.seed), build_task(cfg, torch.device("cpu"))
+    data, task = build_data(cfg.data), build_task(cfg, torch.device("cpu"))
     torch.manual_seed(cfg.seed)
     model = build_model(cfg.model, data.vocab_size, None, None).double()
     assert rows["sample"].tolist() != sorted(rows["sample"].tolist())  # shuffled
@@ -434,7 +435,7 @@ def test_layers_that_are_not_scored_are_trained_all_the_same(run: Run, models: l
 def test_a_pattern_that_no_layer_has_is_refused(
     run: Run, line: Line, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert line(*TOKENS, "layers.include=[nowhere.*]") == cli.MISTAKE
+    assert line(*TOKENS, "layers.include=[nowhere.*]") == MISTAKE
     assert "nowhere.*" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -444,7 +445,7 @@ def test_a_pattern_that_no_layer_has_is_refused(
 def test_wrong_labels_get_lower_values_than_right_ones(run: Run) -> None:
     folder = run("experiment=digits", "hardware.threads=1", "tracking=none")
     cfg = saved_config(folder)
-    samples = build_data(cfg.data, cfg.seed).train
+    samples = build_data(cfg.data).train
     found = values(folder)
     assert isinstance(samples, DigitSet)
     value = np.array([found[name] for name in samples.sample_ids])  # [1500]
@@ -511,7 +512,7 @@ def test_a_saved_model_is_trained_on(run: Run, models: list[nn.Module]) -> None:
 
 def evaluate_directly(folder: Path, model: nn.Module) -> float:
     cfg = saved_config(folder)
-    val = build_data(cfg.data, cfg.seed).val
+    val = build_data(cfg.data).val
     batch = collate([val[i] for i in range(len(val))], val.layout)
     with torch.no_grad():
         inputs = take_rows(batch.inputs, slice(None))
@@ -595,7 +596,7 @@ def test_a_tracked_run_starts_again_by_its_id(
     again = started_in("again", f"experiment=runs:/{run_id}")
     assert values(first) == values(again)
     capsys.readouterr()
-    assert line("experiment=runs:/nothing") == cli.MISTAKE
+    assert line("experiment=runs:/nothing") == MISTAKE
     assert "runs:/nothing/config.yaml is not in sqlite:///" in capsys.readouterr().err
 
 
@@ -608,7 +609,7 @@ def test_keys_beside_a_saved_config_win_and_groups_are_refused(
     assert saved_config(again).optimizer.name == "sgd"
     capsys.readouterr()
     for argument in ("model=gpt2", "tracking=mlflow", "debug=smoke"):
-        assert line(f"experiment={first}/config.yaml", argument) == cli.MISTAKE
+        assert line(f"experiment={first}/config.yaml", argument) == MISTAKE
         assert f"{argument} has no effect with experiment=" in capsys.readouterr().err
 
 
@@ -629,7 +630,7 @@ def test_a_part_of_a_saved_config_is_refused(
     line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").write_text("output_dir: x\nmodel: {kind: mlp}\n")
-    assert line("experiment=config.yaml") == cli.MISTAKE
+    assert line("experiment=config.yaml") == MISTAKE
     assert "data.kind is missing" in capsys.readouterr().err
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from torch import Tensor, nn
 
+from conf.command import FAILED, MISTAKE
 from ghost.gradients import Materialised, OuterProducts, SampleGradients
 from ghost.layers import base, register_layer
 from ghost.layers.linear import LinearRule, as_tokens
-from runners import cli
 from tests.runners.conftest import Line
 from tests.runners.test_train import DIGITS, TOKENS, write_tokens
 
@@ -70,7 +70,7 @@ def test_tables_are_checked_too(line: Line, folder: Path) -> None:
 def test_wrong_scores_exit_with_1_and_name_the_layer(
     line: Line, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert line(*DIGITS, "verify=true", f"hydra.run.dir={folder}") == cli.FAILED
+    assert line(*DIGITS, "verify=true", f"hydra.run.dir={folder}") == FAILED
     printed = capsys.readouterr()
     record = json.loads((folder / "verify.json").read_text())
     assert record["passed"] is False
@@ -84,7 +84,7 @@ def test_wrong_scores_exit_with_1_and_name_the_layer(
 
 @pytest.mark.usefixtures("wrong_linear")
 def test_a_sweep_goes_on_after_a_failed_check(line: Line, folder: Path) -> None:
-    assert line("-m", *DIGITS, "verify=true", "seed=0,1", f"hydra.sweep.dir={folder}") == cli.FAILED
+    assert line("-m", *DIGITS, "verify=true", "seed=0,1", f"hydra.sweep.dir={folder}") == FAILED
     assert len(list(folder.glob("*/verify.json"))) == 2
 
 
@@ -92,7 +92,7 @@ def test_strict_refuses_to_train_with_gaps(
     line: Line, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = line(*TOKENS, "engine.strict=true", "layers=attn", f"hydra.run.dir={folder}")
-    assert ended == cli.MISTAKE
+    assert ended == MISTAKE
     assert "transformer.h.*.mlp.c_fc" in capsys.readouterr().err.splitlines()[-1]
     assert not (folder / "scores").exists()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from conf.errors import ConfigError
 from runners.choices import TaskName
-from runners.errors import ConfigError
 from runners.losses import build_task
 from runners.models import build_model, build_on_meta, place
 from runners.models.hf_config import DataFacts, check_model

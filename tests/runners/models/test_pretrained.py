@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from runners.errors import ConfigError
+from conf.errors import ConfigError
 from runners.models import build_model, build_on_meta, pretrained
 from runners.models.hf_config import DataFacts
 from tests.runners.models.zoo import CLASSES, OVERRIDES, TINY, VOCABULARY, composed, tiny

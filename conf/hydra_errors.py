@@ -8,8 +8,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from runners.config import GROUPS
-from runners.help_text import is_unresolved
+from conf.help_text import is_unresolved
 
 # What OmegaConf says of a wrong type, and how to say it after `key=value`.
 WRONG_TYPES = (
@@ -22,19 +21,23 @@ WRONG_TYPES = (
 )
 
 
-def sentence(error: BaseException, arguments: Sequence[str]) -> str:
-    """One line for an error that ended the composition of a config from the command line's `arguments`."""
+def sentence(error: BaseException, arguments: Sequence[str], groups: Sequence[str]) -> str:
+    """One line for an error that ended the composition of a config from the command line's `arguments`.
+
+    Args:
+        groups: The config groups that the command has.
+    """
     cause = error.__cause__ or error.__context__
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error)
     if isinstance(error, OverrideParseException):
         text = f"'{error.override}' is not an override: type key=value, with quotes around special characters"
     elif isinstance(error, OmegaConfBaseException):
-        text = _config_error(error, given=None)
+        text = _config_error(error, groups, given=None)
     elif isinstance(cause, OmegaConfBaseException):
-        text = _config_error(_innermost(cause), given=_typed_override(str(error)))
+        text = _config_error(_innermost(cause), groups, given=_typed_override(str(error)))
     else:
-        text = _hydra_error(str(error) or type(error).__name__, arguments)
+        text = _hydra_error(str(error) or type(error).__name__, arguments, groups)
     source = re.match(r"In '([^']+)': ", str(error))
     return (f"In {source[1]}: " if source else "") + " ".join(text.split())
 
@@ -53,7 +56,7 @@ def _unknown_choice(error: MissingConfigException) -> str:
     return f"{group}={name} is not a choice{hint} (choices: {', '.join(error.options)})"
 
 
-def _hydra_error(message: str, arguments: Sequence[str]) -> str:
+def _hydra_error(message: str, arguments: Sequence[str], groups: Sequence[str]) -> str:
     """Hydra's own refusals, where its wording does not say what to type."""
     if several := re.match(r"Ambiguous value for argument '(.*)'", message):
         return f"{several[1]} has several values: add -m for one run each, or write [...] for a list"
@@ -62,17 +65,17 @@ def _hydra_error(message: str, arguments: Sequence[str]) -> str:
     if absent := re.match(r"Could not override '(.*)'\. No match in the defaults list", message):
         return f"{absent[1]} is no group of this command, see --help"
     if message.startswith("Config group override must be"):
-        numbers = re.compile(rf"({'|'.join(GROUPS)})=([-+.\d]+|null|true|false)", re.IGNORECASE)
+        numbers = re.compile(rf"({'|'.join(groups)})=([-+.\d]+|null|true|false)", re.IGNORECASE)
         culprits = [argument for argument in arguments if numbers.fullmatch(argument)]
         return f"{' '.join(culprits)}: a group takes the name of one of its choices, see --help"
     return message
 
 
-def _config_error(error: OmegaConfBaseException, given: str | None) -> str:
+def _config_error(error: OmegaConfBaseException, groups: Sequence[str], given: str | None) -> str:
     full_key = error.full_key or str(error.key)
     reason = (error.msg or str(error)).splitlines()[0]
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
-        return _unknown_key(error, full_key, given)
+        return _unknown_key(error, full_key, groups, given)
     if choices := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", reason):
         hint = suggestion(choices[1], choices[2].split(", "))
         return f"{full_key}={choices[1]} is not a choice{hint} (choices: {choices[2]})"
@@ -85,7 +88,9 @@ def _config_error(error: OmegaConfBaseException, given: str | None) -> str:
     return f"{given}: {reason}"
 
 
-def _unknown_key(error: OmegaConfBaseException, full_key: str, given: str | None) -> str:
+def _unknown_key(
+    error: OmegaConfBaseException, full_key: str, groups: Sequence[str], given: str | None
+) -> str:
     start = f"{given}: " if given else ""
     parent = error.parent_node
     if not isinstance(parent, DictConfig):
@@ -93,7 +98,7 @@ def _unknown_key(error: OmegaConfBaseException, full_key: str, given: str | None
     group, dot, name = full_key.rpartition(".")
     siblings = [str(sibling) for sibling in parent if sibling != "hydra"]
     if not group:
-        siblings = sorted({*siblings, *GROUPS})
+        siblings = sorted({*siblings, *groups})
     elsewhere = [path for path in _leaves(parent) if path.endswith(f".{name}")]
     if elsewhere and not get_close_matches(name, siblings, n=1, cutoff=0.8):
         hint = f": did you mean {elsewhere[0]}?"

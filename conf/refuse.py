@@ -2,8 +2,8 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from runners.errors import ConfigError
-from runners.help_text import typed
+from conf.errors import ConfigError
+from conf.help_text import typed
 
 
 def refuse(cfg: DictConfig, key: str, why: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runners.telemetry import disable_telemetry, set_defaults
+from conf.telemetry import disable_telemetry, set_defaults
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")

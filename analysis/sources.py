@@ -1,0 +1,187 @@
+"""Where finished runs are: directories, folders of them, MLflow runs, sweeps and experiments."""
+
+import logging
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlparse
+
+from analysis.errors import AnalysisError
+from analysis.runs import CONFIG_FILE, Run, load_run
+from analysis.tracking_store import one_line, prepare_mlflow, resolve_uri, sqlite_path, without_password
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as TrackedRun
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger(__name__)
+
+_PARENT = "mlflow.parentRunId"
+_PAGE = 1000  # runs a request
+_WEIGHTS = "model"  # the one artifact that no analysis reads, and the largest
+
+
+@contextmanager
+def open_runs(names: Sequence[str], uri: str | None, cwd: Path) -> Iterator[list[Run]]:
+    """The runs that the names stand for, each once, in the order of the names.
+
+    Runs whose artifacts are not on this machine are downloaded, and removed at the end of the block.
+
+    Args:
+        names: Each is a run directory; a folder with run directories anywhere below, such as a sweep's; the
+            id of an MLflow run, also as `runs:/ID`, which stands for its children where it has some; or the
+            name of an MLflow experiment, which stands for its finished runs.
+        uri: The tracking store, as `tracking.uri`; None: `mlflow.db` in `cwd`.
+        cwd: What relative paths are relative to.
+
+    Raises:
+        AnalysisError: A name is none of these, or a run's artifacts are not to be had.
+        ConfigError: The tracking store cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="ghostrunner-") as downloads:
+        runs: dict[Path, Run] = {}
+        for name in names:
+            path = cwd / name
+            found = _below(path) if path.is_dir() else _tracked(name, uri, cwd, Path(downloads))
+            for run in found:
+                runs.setdefault(run.directory.resolve(), run)
+        yield _with_own_names(list(runs.values()))
+
+
+def _below(folder: Path) -> list[Run]:
+    """The run in a directory, or all runs below it, in the order of their paths."""
+    if (folder / CONFIG_FILE).is_file():
+        return [load_run(folder)]
+    found = []
+    for path, folders, files in os.walk(folder):
+        folders.sort(key=_natural)
+        if CONFIG_FILE in files:
+            found.append(load_run(Path(path)))
+            folders.clear()  # what lies in a run is not another run
+    if not found:
+        raise AnalysisError(f"{folder} holds no run: a run directory has a {CONFIG_FILE}.")
+    return found
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts 2 before 10, as the jobs of a sweep are numbered."""
+    return [
+        (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
+def _with_own_names(runs: list[Run]) -> list[Run]:
+    """The runs, each with a name that no other has: as much of its path or id as that takes."""
+    names = [run.name for run in runs]
+    for length in range(2, 2 + max((len(run.directory.parts) for run in runs), default=0)):
+        often = Counter(names)
+        names = [
+            _longer_name(run, length) if often[name] > 1 else name
+            for run, name in zip(runs, names, strict=True)
+        ]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _longer_name(run: Run, length: int) -> str:
+    if run.run_id is not None:
+        return f"{run.name} {run.run_id[:8]}"
+    return "/".join(run.directory.absolute().parts[-length:])
+
+
+# ---------------------------------------------------------------- MLflow
+
+
+def _tracked(name: str, uri: str | None, cwd: Path, downloads: Path) -> list[Run]:
+    """The runs that MLflow knows by this name."""
+    address = resolve_uri(uri, cwd)
+    database = sqlite_path(address)
+    if database is not None and not database.exists():  # MLflow would make an empty store and look in it
+        raise AnalysisError(
+            f"{name} is no directory, and there is no tracking store {database} to find it in: give a run "
+            "directory, or uri=STORE"
+        )
+    prepare_mlflow()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri=address)
+        return [_open(run, client, downloads) for run in _find(name, client, without_password(address))]
+    except MlflowException as error:
+        raise AnalysisError(
+            f"{name} cannot be read from {without_password(address)} ({one_line(error)}): give a run "
+            "directory, "
+            "or another uri=STORE"
+        ) from error
+
+
+def _find(name: str, client: "MlflowClient", address: str) -> list["TrackedRun"]:
+    run_id = name.removeprefix("runs:/").rstrip("/")
+    if re.fullmatch(r"[0-9a-f]{32}", run_id):
+        run = client.get_run(run_id)
+        return _search(client, [run.info.experiment_id], f"tags.`{_PARENT}` = '{run_id}'") or [run]
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        raise AnalysisError(
+            f"{name} is no directory, no MLflow run id, and no experiment in {address}: give one of these"
+        )
+    runs = _search(client, [experiment.experiment_id], "")
+    parents = {run.data.tags.get(_PARENT) for run in runs}
+    own = [run for run in runs if run.info.run_id not in parents]  # a sweep's parent trained nothing itself
+    finished = [run for run in own if run.info.status == "FINISHED"]
+    if len(finished) < len(own):
+        log.warning(
+            "%d of %d runs of experiment %s have not finished, or failed: they are left out.",
+            len(own) - len(finished),
+            len(own),
+            name,
+        )
+    if not finished:
+        raise AnalysisError(f"experiment {name} in {address} has no finished run: train some first")
+    return finished
+
+
+def _search(client: "MlflowClient", experiments: list[str], condition: str) -> list["TrackedRun"]:
+    """All runs that meet the condition, oldest first."""
+    found: list[TrackedRun] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            experiments, condition, order_by=["start_time ASC"], max_results=_PAGE, page_token=token
+        )
+        found += page
+        if not (token := page.token):
+            return found
+
+
+def _open(run: "TrackedRun", client: "MlflowClient", downloads: Path) -> Run:
+    """The run's artifacts as a run directory, or the directory itself where they were not uploaded."""
+    run_id = run.info.run_id
+    name = run.info.run_name or run_id
+    for candidate in (_local(run.info.artifact_uri), Path(run.data.params.get("output_dir", ""))):
+        if candidate is not None and (candidate / CONFIG_FILE).is_file():
+            return Run(candidate, name, run_id)
+    folder = downloads / run_id
+    folder.mkdir()
+    for artifact in client.list_artifacts(run_id):
+        if artifact.path != _WEIGHTS:
+            client.download_artifacts(run_id, artifact.path, str(folder))
+    if not (folder / CONFIG_FILE).is_file():
+        raise AnalysisError(
+            f"MLflow run {run_id} has no artifact {CONFIG_FILE}, and its directory is not on this machine: "
+            "give "
+            "runs that were trained with tracking.upload=true"
+        )
+    return Run(folder, name, run_id)
+
+
+def _local(uri: str) -> Path | None:
+    """The folder of an artifact address on this machine; None for any other."""
+    parsed = urlparse(uri)
+    return Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None

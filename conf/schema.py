@@ -1,0 +1,33 @@
+"""What typed schemas of configs are made of: fields with their documentation, and closed trees."""
+
+from dataclasses import field, fields
+from enum import StrEnum
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+def key(meaning: str, default: Any = MISSING) -> Any:
+    """A field with its documentation; without a default, the YAML of the choice must give the value."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+def free(meaning: str) -> Any:
+    """A dictionary whose keys the schema leaves open: they can be typed without a plus, and are checked by
+    what reads them. YAML files that build on each other are merged key by key.
+    """
+    return field(default_factory=dict, metadata={"meaning": meaning, "free": True})
+
+
+def fixed(value: StrEnum) -> Any:
+    """The field that tells the choices of a group apart; `check` refuses any other value."""
+    return field(default=value, metadata={"fixed": True})
+
+
+def schema_node(schema: type) -> DictConfig:
+    """The schema as a config; free dictionaries take new keys, also once Hydra has closed the rest."""
+    node = OmegaConf.structured(schema)
+    for item in fields(schema):
+        if item.metadata.get("free"):
+            OmegaConf.set_struct(node[item.name], False)
+    return node

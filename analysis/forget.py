@@ -1,137 +1,172 @@
-"""Deletes samples from a store of projected gradients, by their ids.
+"""Deletes samples, by their ids, from everything that runs leave: stores, scores, tables, lists, figures.
 
-python -m analysis.forget outputs/DAY/TIME/projections --id mail/17#0 --compact
+python -m analysis.forget paths=outputs "ids=['mail/17#0']" compact=true
 """
+# ruff: noqa: RUF009 -- `key` returns dataclass fields, not shared values
 
-import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, ListConfig
 
-from analysis.errors import AnalysisError
-from ghost import GhostError, ProjectionStore
-from ghost.atomic import written_beside
+from analysis.forgetting.artefact import Artefact
+from analysis.forgetting.finding import find_artefacts
+from analysis.forgetting.stores import Store
+from analysis.forgetting.tracked import TrackedRun
+from analysis.forgetting.verification import Finding, verify_gone
+from analysis.tracking_store import resolve_uri
+from conf.command import FAILED, Reported, run_command
+from conf.errors import ConfigError, UserError
+from conf.refuse import refuse
+from conf.schema import key
+from ghost import GhostError
 
 log = logging.getLogger(__name__)
 
-SAMPLES = "samples.parquet"
-MISTAKE = 2
+
+@dataclass
+class TrackingPlace:
+    """Where MLflow's runs are."""
+
+    uri: str | None = key("the MLflow store of runs=; null: ./mlflow.db")
 
 
-def forget(folder: Path, ids: Sequence[str], indices: Sequence[int]) -> int:
-    """Delete samples from the store and from its `samples.parquet`; returns how many.
+@dataclass
+class ForgetConfig:
+    """The whole tree of this command."""
 
-    A command that was killed in between can be typed again: what is gone already is passed over.
-
-    Args:
-        folder: The store's folder.
-        ids: As in the `sample_id` column of `samples.parquet`.
-        indices: As in its `index` column.
-
-    Raises:
-        AnalysisError: A sample is not in the store's `samples.parquet`, or that cannot be read or written.
-        StoreError: The store cannot be changed.
-    """
-    samples = read_samples(folder)
-    for column, wanted in (("sample_id", ids), ("index", indices)):
-        present = pc.is_in(
-            pa.array(wanted, samples.schema.field(column).type), samples[column].combine_chunks()
-        )
-        if unknown := [value for value, found in zip(wanted, present.to_pylist(), strict=True) if not found]:
-            raise AnalysisError(
-                f"{folder / SAMPLES} has no sample of {column} {unknown[0]!r}, so nothing was deleted: give "
-                "ids that it has."
-            )
-    gone = pc.or_(
-        pc.is_in(samples["sample_id"], pa.array(ids, pa.string())),
-        pc.is_in(samples["index"], pa.array(indices, pa.int64())),
-    )
-    numbers = samples.filter(gone)["index"].to_numpy()
-    store = ProjectionStore.open(folder)
-    store.delete(np.intersect1d(numbers, store.sample_ids))
-    _write(samples.filter(pc.invert(gone)), folder / SAMPLES)
-    return len(numbers)
+    paths: Any = key("PATH or [PATH,PATH]: run directories, stores, folders of those, lists of samples")
+    runs: Any = key("ID or [ID,ID]: runs in MLflow, whose artifacts are cleaned")
+    ids: Any = key("ID or [ID,ID]: the samples, as in the column sample_id")
+    compact: bool = key("rewrite stores, so that no byte remains, and verify that all is gone")
+    tracking: TrackingPlace = MISSING
 
 
-def compact(folder: Path) -> None:
-    """Rewrite the store without deleted samples, and remove what a killed writer of `samples.parquet` has
-    left.
+ConfigStore.instance().store(name="schema_forget", node=ForgetConfig, provider="ghostrunner")
+
+
+def forget(paths: Sequence[Path], ids: Set[str]) -> None:
+    """Delete samples from everything at and below the paths; stores keep the rows' bytes until `compact`.
+
+    A call that was killed can be repeated: what is gone already is passed over.
 
     Raises:
-        StoreError: The store cannot be changed.
+        AnalysisError: A path is not there, or a file is damaged or cannot be written.
+        StoreError: A store cannot be changed.
     """
-    ProjectionStore.open(folder).compact()
-    for partial in folder.glob(f".{SAMPLES}.*.partial"):
-        partial.unlink(missing_ok=True)
+    artefacts = find_artefacts(paths)
+    names = [artefact.names() for artefact in artefacts]
+    concerned = [artefact for artefact, own in zip(artefacts, names, strict=True) if own & ids]
+    for store in concerned:
+        if isinstance(store, Store):
+            store.refuse_unfinished()
+    say_unknown(ids, set().union(*names))
+    for artefact in artefacts:
+        artefact.forget(ids)
+        if artefact in concerned:
+            log.info("Deleted from %s", artefact.path)
 
 
-def read_samples(folder: Path) -> pa.Table:
-    """The store's `samples.parquet`.
+def compact(paths: Sequence[Path]) -> None:
+    """Rewrite the stores at and below the paths without deleted samples.
 
     Raises:
-        AnalysisError: It is missing or damaged.
+        AnalysisError, StoreError: As `forget`.
     """
-    path = folder / SAMPLES
-    if not path.is_file():
-        raise AnalysisError(f"{path} is missing: give the folder of a store that engine=gradprojlora wrote.")
-    try:
-        return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise AnalysisError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    for store in stores_in(find_artefacts(paths)):
+        store.compact()
+        log.info("%s is rewritten: nothing of deleted samples is left in it.", store.path)
 
 
-def running_index(text: str) -> int:
-    """A number as the `index` column holds it, for argparse."""
-    number = int(text)
-    if not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no running index, which are 0 or more and of 63 bits")
-    return number
+def stores_in(artefacts: Sequence[Artefact]) -> list[Store]:
+    """Those that are stores."""
+    return [artefact for artefact in artefacts if isinstance(artefact, Store)]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command and returns the exit code: 0, or 2 after a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.forget", description=__doc__)
-    parser.add_argument("store", type=Path, help="folder of the store")
-    parser.add_argument("--id", action="append", default=[], help="sample_id of a sample; may be repeated")
-    parser.add_argument(
-        "--index", action="append", default=[], type=running_index, help="the same by its running index"
-    )
-    parser.add_argument("--compact", action="store_true", help="rewrite the files, so that no byte remains")
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if not (given.id or given.index or given.compact):
-        parser.error("name samples by --id or --index, or rewrite the files by --compact")
-    try:
-        if given.id or given.index:
-            number = forget(given.store, given.id, given.index)
-            log.info("Samples deleted from %s: %d.", given.store, number)
-        if given.compact:
-            compact(given.store)
-            log.info("%s is rewritten: nothing of deleted samples is left in it.", given.store)
-        elif given.id or given.index:
-            log.info("Their rows are in its files until --compact rewrites these.")
-    except (AnalysisError, GhostError) as error:
-        log.error("%s", error)
-        return MISTAKE
-    return 0
+def say_unknown(ids: Set[str], known: Set[str]) -> None:
+    """Warn of ids that nothing names: typed wrongly, or gone already."""
+    for name in sorted(ids - known):
+        close = get_close_matches(name, known, n=1, cutoff=0.8)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        log.warning("Nothing names %s%s: it is no sample of these, or deleted already.", name, hint)
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    try:
-        with written_beside(path) as partial:
-            pq.write_table(table, partial)
-    except OSError as error:
-        raise AnalysisError(
-            f"{path} cannot be written ({error.strerror or error}) and still names deleted samples: make "
-            "room, or make it writable, and type the same command again."
-        ) from error
+def run(cfg: DictConfig) -> list[Finding]:
+    """Delete as configured; returns what is left, which is only looked for with `compact=true`.
+
+    Raises:
+        ConfigError, AnalysisError, StoreError: Something cannot be found, read or written.
+    """
+    check(cfg)
+    ids = frozenset(several(cfg.ids))
+    paths = [Path(path) for path in several(cfg.paths)]
+    uri = resolve_uri(cfg.tracking.uri, Path.cwd())
+    tracked = [TrackedRun(run_id.removeprefix("runs:/"), uri) for run_id in several(cfg.runs)]
+    with ExitStack() as stack:
+        folders = [*paths, *_entered(stack, [one.changed_artifacts for one in tracked])]
+        forget(folders, ids)
+        if cfg.compact:
+            compact(folders)
+        elif stores_in(find_artefacts(folders)):
+            log.info("Stores have the samples' rows in their files until compact=true rewrites these.")
+    if not cfg.compact:
+        return []
+    with ExitStack() as stack:
+        folders = [*paths, *_entered(stack, [one.artifacts for one in tracked])]
+        found = verify_gone(folders, ids)
+    return found + [finding for one in tracked for finding in one.fields_left(ids)]
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises `ConfigError` for a config that says nothing to do."""
+    if not several(cfg.paths) and not several(cfg.runs):
+        raise ConfigError("nothing is named to delete from: type paths=PATH, or runs=ID")
+    if not several(cfg.ids) and not cfg.compact:
+        raise ConfigError("no sample is named: type \"ids=['ID']\", or compact=true to rewrite stores")
+    if cfg.tracking.uri is not None and not several(cfg.runs):
+        refuse(cfg, "tracking.uri", "has no effect without runs: type tracking.uri=null, or runs=ID")
+
+
+def several(value: Any) -> list[str]:
+    """A key that takes one or a list; null is none."""
+    if value is None:
+        return []
+    return [str(one) for one in (value if isinstance(value, ListConfig) else [value])]
+
+
+def say(found: Sequence[Finding], ids: Sequence[str]) -> None:
+    """Report what is left."""
+    for finding in found:
+        log.error("%s %s", finding.path, finding.why)
+    if not found:
+        log.info("Verified: nothing that was searched names %s.", ", ".join(ids) or "a deleted sample")
+
+
+def _entered(stack: ExitStack, scopes: Sequence[Callable[[], AbstractContextManager[Path]]]) -> list[Path]:
+    return [stack.enter_context(scope()) for scope in scopes]
+
+
+def task(cfg: DictConfig) -> None:
+    """Hydra's task function: one deletion. Ends with exit code 1 where something is left."""
+    with Reported(UserError, GhostError):
+        found = run(cfg)
+        if cfg.compact:
+            say(found, several(cfg.ids))
+        if found:
+            raise SystemExit(FAILED)
+
+
+def main() -> int:
+    """Runs the command line in `sys.argv` and returns the exit code."""
+    return run_command("forget", task, groups=())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

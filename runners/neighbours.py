@@ -1,7 +1,7 @@
-"""Nearest samples as rows: found in a store, named by its samples, shown and saved."""
+"""Training samples found for queries, as rows: ranked, named, shown and saved."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +18,39 @@ from ghost.atomic import written_beside
 
 SCHEMA = pa.schema(
     [
-        *(("query", pa.string()), ("query_domain", pa.string()), ("rank", pa.int64())),
+        *(("query", pa.string()), ("query_domain", pa.string())),
+        *(("end", pa.string()), ("rank", pa.int64())),
         *(("sample_id", pa.string()), ("domain", pa.string()), ("index", pa.int64())),
         ("score", pa.float64()),
     ]
 )
+HIGHEST, LOWEST = "highest", "lowest"  # which end of the scores a row is of
+TEXT, QUERY_TEXT = "text", "query_text"  # columns that are there where text is asked for
 FORMATS = (".parquet", ".json", ".csv")
 
 
 def neighbour_table(
-    queries: Sequence[tuple[str, str]], found: np.ndarray, scores: np.ndarray, samples: pa.Table
+    queries: Sequence[tuple[str, str]],
+    found: np.ndarray,
+    scores: np.ndarray,
+    samples: pa.Table,
+    end: str = HIGHEST,
 ) -> pa.Table:
-    """One row of `SCHEMA` for each query and neighbour, best first.
+    """One row of `SCHEMA` for each query and sample found for it, rank 1 being the outermost of its end.
 
     Args:
         queries: Id and domain of each of q queries.
-        found: Indices of the neighbours, `[q, k]`.
+        found: Indices of the samples found, `[q, k]`.
         scores: `[q, k]`.
-        samples: `index`, `sample_id` and `domain` of the store's samples, `index` ascending.
+        samples: `index`, `sample_id` and `domain` of what was searched, `index` ascending.
+        end: `HIGHEST` or `LOWEST`.
     """
     q, k = found.shape
     rows = samples.take(np.searchsorted(samples["index"].to_numpy(), found.ravel()))
     columns = [
         [name for name, _ in queries for _ in range(k)],
         [domain for _, domain in queries for _ in range(k)],
+        [end] * (q * k),
         np.tile(np.arange(1, k + 1), q),
         rows["sample_id"].combine_chunks(),
         rows["domain"].combine_chunks(),
@@ -51,29 +60,39 @@ def neighbour_table(
     return pa.table([pa.array(column) for column in columns], schema=SCHEMA)
 
 
-def print_neighbours(
-    neighbours: pa.Table, score: str, previews: Callable[[int], str] | None, console: Console
-) -> None:
-    """Print a table of all rows, `score` being the heading of that column.
+def with_texts(neighbours: pa.Table, texts: Mapping[str, str], query_texts: Mapping[str, str]) -> pa.Table:
+    """The rows with the first words of their samples and queries, by id; a query without any has null."""
+    own = [texts[name] for name in neighbours["sample_id"].to_pylist()]
+    asked = [query_texts.get(name) for name in neighbours["query"].to_pylist()]
+    for column, words in ((QUERY_TEXT, asked), (TEXT, own)):
+        neighbours = neighbours.append_column(column, pa.array(words, pa.string()))
+    return neighbours
 
-    Args:
-        previews: From a sample's index to one line of its text; None shows none.
-    """
-    table = Table(title="Nearest training samples", title_justify="left", show_lines=previews is not None)
-    for heading in ("query", "domain", "nearest sample", "domain"):
+
+def print_neighbours(neighbours: pa.Table, title: str, score: str, console: Console) -> None:
+    """Print a table of all rows, their texts where they have them; `score` is the heading of that column."""
+    table = Table(title=title, title_justify="left", show_lines=TEXT in neighbours.column_names)
+    for heading in ("query", "domain", "training sample", "domain"):
         table.add_column(heading, overflow="fold")
     table.add_column(score, justify="right", no_wrap=True)
     for row in neighbours.to_pylist():
-        # Text objects, since an id or a text may hold what rich would take for markup.
-        nearest = Text(row["sample_id"])
-        if previews is not None:
-            nearest.append("\n" + previews(row["index"]), style="dim")
         first = row["rank"] == 1
         table.add_row(
-            Text(row["query"] if first else ""), Text(row["query_domain"] if first else ""), nearest,
-            Text(row["domain"]), f"{row['score']:.4g}",
-        )  # fmt: skip
+            _cell(row["query"], row.get(QUERY_TEXT)) if first else "",
+            Text(row["query_domain"] if first else ""),
+            _cell(row["sample_id"], row.get(TEXT)),
+            Text(row["domain"]),
+            f"{row['score']:.4g}",
+        )
     console.print(table)
+
+
+def _cell(name: str, text: str | None) -> Text:
+    """A Text object, since an id or a text may hold what rich would take for markup."""
+    cell = Text(name)
+    if text is not None:
+        cell.append(f"\n{text}", style="dim")
+    return cell
 
 
 def refuse_output(path: Path) -> None:
@@ -105,8 +124,13 @@ def save_neighbours(neighbours: pa.Table, path: Path) -> None:
         raise ConfigError(f"out={path} cannot be written ({why}): name a file elsewhere") from error
 
 
-def chosen_indices(samples: pa.Table, domains: Sequence[str], ids: Sequence[str]) -> np.ndarray | None:
+def chosen_indices(
+    samples: pa.Table, domains: Sequence[str], ids: Sequence[str], searched: str
+) -> np.ndarray | None:
     """Indices of the samples of these domains and with these ids, ascending; None where neither is given.
+
+    Args:
+        searched: What has the samples, `key=value`.
 
     Raises:
         ConfigError: There is no such domain or id, or none with both.
@@ -118,7 +142,7 @@ def chosen_indices(samples: pa.Table, domains: Sequence[str], ids: Sequence[str]
         present = pc.unique(samples[column]).to_pylist()
         if unknown := sorted(set(wanted) - set(present)):
             hint = f" (domains: {', '.join(sorted(present))})" if key == "domains" else ""
-            raise ConfigError(f"{key}={unknown[0]} is nothing that the store has{hint}")
+            raise ConfigError(f"{key}={unknown[0]} is nothing that {searched} has{hint}")
         if wanted:
             keep = pc.and_(keep, pc.is_in(samples[column], pa.array(wanted)))
     chosen = samples.filter(keep)["index"].to_numpy()

@@ -15,7 +15,7 @@ from ghost.gram import exact_gram
 from runners.data.base import SampleSet
 from runners.data.loader import collate
 from runners.losses import Task
-from runners.neighbours import neighbour_table, print_neighbours
+from runners.neighbours import neighbour_table, print_neighbours, with_texts
 from runners.progress import readable
 from runners.projection_store import read_facts, read_samples
 from runners.queries import text_tokenizer
@@ -83,7 +83,7 @@ def show_projection(
         "Search it": search_command(cfg, store),
     }
     if store.complete:
-        ways["Delete from it"] = f"python -m analysis.forget {store.directory} --id SAMPLE_ID --compact"
+        ways["Delete from it"] = delete_command(store)
     if cfg.engine.world_size == 1:  # into another folder, since this store is complete
         ways["Run it again"] = replay_command(typed_overrides(), script)
     print_ways_on(console, ways, tracker.ui_command(), tracker.run_url())
@@ -93,6 +93,11 @@ def search_command(cfg: DictConfig, store: ProjectionStore) -> str:
     """What to type to search the store: by a text where its samples are text, else by validation samples."""
     command = f"python -m runners.search store={store.directory}"
     return f"{command} query.text=FILE" if text_tokenizer(cfg, read_facts(store.directory)) else command
+
+
+def delete_command(store: ProjectionStore) -> str:
+    """What to type to delete a sample from the store."""
+    return f"""python -m analysis.forget paths={store.directory} "ids=['SAMPLE_ID']" compact=true"""
 
 
 def typed_overrides() -> list[str]:
@@ -119,7 +124,12 @@ def print_example(store: ProjectionStore, samples: SampleSet, console: Console, 
         scores[rows, other][:, None],
         read_samples(store.directory),
     )
-    print_neighbours(nearest, "cosine", samples.preview if preview else None, console)
+    if preview:
+        words = {
+            samples.sample_ids[i]: samples.preview(i) for i in {*own.tolist(), *nearest["index"].to_pylist()}
+        }
+        nearest = with_texts(nearest, words, words)
+    print_neighbours(nearest, "Nearest training samples", "cosine", console)
 
 
 def spread(rows: int, number: int) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""Deleting samples from a store by the ids that people know."""
+"""The command that deletes samples: from stores, from whole folders, typed again after a kill, refusals."""
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +12,42 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analysis import forget as command
 from analysis.errors import AnalysisError
-from analysis.forget import forget, main
-from ghost import ProjectionStore, StoreError
+from analysis.forget import compact, forget, main
+from analysis.forgetting import artefact, folder
+from analysis.forgetting.verification import verify_gone
+from conf.command import FAILED, MISTAKE
+from ghost import ProjectionStore
 from ghost.layout import Layout
 from ghost.store import StoreWriter
+from tests.analysis.conftest import MakeRun
 
 ROWS, WIDTH = 9, 5
 
+Command = Callable[..., int]
 
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """Runs a command line in this process, in an empty folder, and returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by `main`; put back at the end
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
-    yield
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["analysis/forget.py", *arguments])
+        try:
+            return main()
+        except SystemExit as end:
+            return int(str(end.code))
+
+    yield run
     root.handlers[:], root.level = before, level
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def store(tmp_path: Path) -> Path:
     """A store of nine samples in three shards, and the table of their names."""
     values = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH) + 1
     layout = Layout.of([("w", (WIDTH, 1), (WIDTH, 1))])
@@ -52,98 +70,179 @@ def left(folder: Path) -> list[int]:
     return names
 
 
-def test_samples_go_from_the_store_and_from_its_table(folder: Path) -> None:
-    assert forget(folder, ["mail/4#0"], [7, 0]) == 3
-    assert left(folder) == [1, 2, 3, 5, 6, 8]
+def test_samples_go_from_the_store_and_from_its_table(store: Path) -> None:
+    forget([store], {"mail/4#0", "mail/7#0", "mail/0#0"})
+    assert left(store) == [1, 2, 3, 5, 6, 8]
 
 
-def test_compaction_clears_what_a_killed_writer_left(folder: Path) -> None:
-    (folder / ".samples.parquet.17.partial").write_bytes(b"mail/4#0")
-    assert main([str(folder), "--id", "mail/4#0", "--compact"]) == 0
-    assert not [path for path in folder.iterdir() if b"mail/4#0" in path.read_bytes()]
+def test_what_a_killed_writer_left_is_cleared(store: Path, command: Command) -> None:
+    (store / ".samples.parquet.17.partial").write_bytes(b"mail/4#0")
+    assert command("paths=store", "ids='mail/4#0'", "compact=true") == 0
+    assert not [path for path in store.iterdir() if b"mail/4#0" in path.read_bytes()]
 
 
-def test_an_unknown_sample_deletes_nothing(folder: Path) -> None:
-    with pytest.raises(AnalysisError, match=r"no sample of sample_id 'mail/9#0', so nothing"):
-        forget(folder, ["mail/4#0", "mail/9#0"], [])
-    with pytest.raises(AnalysisError, match="no sample of index 9"):
-        forget(folder, [], [3, 9])
-    assert left(folder) == list(range(ROWS))
+def test_an_unknown_sample_is_said(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    forget([store], {"mail/4#0", "mail/41#0"})
+    assert caplog.messages[0].startswith("Nothing names mail/41#0 (did you mean mail/")
+    assert left(store) == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
-def test_a_killed_command_can_be_typed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compacting_leaves_no_byte(store: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    row = np.asarray(ProjectionStore.open(store).matrix()[4], dtype=np.float32).tobytes()
+    assert command("paths=store", "ids='mail/4#0'") == 0
+    assert "until compact=true" in capsys.readouterr().err
+    assert any(row in path.read_bytes() for path in store.iterdir())
+    assert [finding.why for finding in verify_gone([store], {"mail/4#0"})] == [
+        "has rows of deleted samples until compact=true rewrites it"
+    ]
+    assert command("paths=[store]", "compact=true") == 0
+    assert "Verified" in capsys.readouterr().err
+    files = [path.read_bytes() for path in store.iterdir()]
+    assert not any(row in content or b"mail/4#0" in content for content in files)
+    assert left(store) == [0, 1, 2, 3, 5, 6, 7, 8]
+    ProjectionStore.open(store).verify()
+
+
+def test_all_below_a_folder_is_cleaned_at_once(
+    store: Path, command: Command, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run("outputs/run")
+    store.rename(run / "projections")
+    lists = tmp_path / "outputs/lists"
+    lists.mkdir()
+    wanted = pq.read_table(run / "samples.parquet")["sample_id"][7].as_py()
+    (lists / "keep.txt").write_text(f"{wanted}\nmail/4#0\nmail/5#0\n")
+    (lists / "found.csv").write_text('"query","sample_id"\n"q","mail/4#0"\n"q","mail/5#0"\n')
+    assert command("paths=outputs", f"ids=['{wanted}','mail/4#0']", "compact=true") == 0
+    assert (lists / "keep.txt").read_text() == "mail/5#0\n"
+    assert (lists / "found.csv").read_text() == '"query","sample_id"\n"q","mail/5#0"\n'
+    assert 4 not in left(run / "projections")
+    assert wanted not in pq.read_table(run / "values.parquet")["sample_id"].to_pylist()
+
+
+def test_what_names_a_sample_and_is_not_rewritten_is_reported(
+    store: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store / "config.yaml").write_text("ids: [mail/4#0, mail/44#0]\n")
+    (store / "run.log").write_text("mail/4#01\n")
+    assert command("paths=store", "ids='mail/4#0'", "compact=true") == FAILED
+    printed = capsys.readouterr().err
+    assert f"{store / 'config.yaml'} has the bytes of 'mail/4#0'" in printed
+    assert "run.log" not in printed
+    assert "Verified" not in printed
+
+
+KILLED_AT = range(7)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_killed_between_files_and_typed_again_it_ends_complete(
+    store: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    def drawn(run: Path) -> list[Path]:
+        names = pq.read_table(run / "values.parquet")["sample_id"].to_pylist()
+        (run / "plots").mkdir(exist_ok=True)
+        (run / "plots/top_bottom.png").write_text("\n".join(names))
+        return []
+
+    monkeypatch.setattr(folder, "plot_run", drawn)
+    replace, ended = artefact.replace, 0
+    for number in KILLED_AT:
+        run = make_run(f"all{number}/run")
+        drawn(run)
+        wanted = pq.read_table(run / "values.parquet")["sample_id"][3].as_py()
+        (run / "keep.txt").write_text(f"{wanted}\nother\n")
+        (run / "report.html").write_text(wanted)
+        calls = iter(range(100))
+
+        def killed(path: Path, write: Callable, number: int = number, calls: Iterator[int] = calls) -> None:
+            last = next(calls) == number
+            if not last or after:
+                replace(path, write)
+            if last:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            for name in ("tables", "lists", "scores"):
+                patch.setattr(f"analysis.forgetting.{name}.replace", killed)
+            with suppress(KeyboardInterrupt):
+                forget([run.parent], {wanted})
+                ended += 1
+        forget([run.parent], {wanted})
+        assert verify_gone([run.parent], {wanted}) == []
+        assert (run / "plots/top_bottom.png").is_file()
+        assert not (run / "report.html").exists()
+        assert (run / "keep.txt").read_text() == "other\n"
+    assert 1 <= ended <= len(KILLED_AT) - 4  # killed at each of its files, and beyond the last not at all
+
+
+def test_a_store_whose_names_were_left_by_a_kill_is_finished(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "_write", killed)
+        patch.setattr("analysis.forgetting.tables.replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            forget(folder, ["mail/4#0"], [])
-    assert forget(folder, ["mail/4#0"], []) == 1
-    assert 4 not in left(folder)
-
-
-def test_compacting_leaves_no_byte(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    row = np.asarray(ProjectionStore.open(folder).matrix()[4], dtype=np.float32).tobytes()
-    assert main([str(folder), "--id", "mail/4#0"]) == 0
-    assert any(row in path.read_bytes() for path in folder.iterdir())
-    assert main([str(folder), "--compact"]) == 0
-    files = [path.read_bytes() for path in folder.iterdir()]
-    assert not any(row in content or b"mail/4#0" in content for content in files)
-    assert left(folder) == [0, 1, 2, 3, 5, 6, 7, 8]
-    ProjectionStore.open(folder).verify()
-
-
-def test_one_command_does_both(folder: Path) -> None:
-    assert main([str(folder), "--id", "mail/4#0", "--index", "5", "--compact"]) == 0
-    assert left(folder) == [0, 1, 2, 3, 6, 7, 8]
+            forget([store], {"mail/4#0"})
+    forget([store], {"mail/4#0"})
+    compact([store])
+    assert 4 not in left(store)
+    assert verify_gone([store], {"mail/4#0"}) == []
 
 
 def test_mistakes_are_one_sentence(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    store: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tmp_path), "--index", "1"]) == command.MISTAKE
-    assert f"{tmp_path / 'samples.parquet'} is missing" in caplog.messages[-1]
-    assert main([str(folder), "--id", "nobody"]) == command.MISTAKE
-    assert "'nobody'" in caplog.messages[-1]
-    with pytest.raises(SystemExit) as ended:
-        main([str(folder)])
-    assert ended.value.code == 2
-    assert "--id or --index" in capsys.readouterr().err
-    (folder / "samples.parquet").write_bytes(b"nothing")
-    assert main([str(folder), "--index", "1"]) == command.MISTAKE
-    assert "is damaged" in caplog.messages[-1]
+    def refused(*words: str) -> str:
+        capsys.readouterr()
+        assert command(*words) == MISTAKE
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        return printed.splitlines()[-1]
+
+    assert "nothing is named to delete from" in refused()
+    assert "no sample is named" in refused("paths=store")
+    assert "nowhere is not there" in refused("paths=nowhere", "compact=true")
+    assert "tracking.uri=sqlite:///a.db has no effect" in refused(
+        "paths=store", "compact=true", "tracking.uri=sqlite:///a.db"
+    )
+    assert "there is no tracking store" in refused("runs=" + "0" * 32, "ids=a")
+    (tmp_path / "picture.png").touch()
+    assert "picture.png is no list of samples" in refused("paths=picture.png", "ids=a")
+    names = (store / "samples.parquet").read_bytes()
+    (store / "samples.parquet").write_bytes(b"nothing")
+    assert "samples.parquet is damaged" in refused("paths=store", "ids='mail/4#0'")
+    (store / "samples.parquet").unlink()
+    assert "samples.parquet is missing" in refused("paths=store", "ids='mail/4#0'")
+    (store / "samples.parquet").write_bytes(names)
+    assert left(store) == list(range(ROWS))
 
 
 def test_a_table_that_cannot_be_written_is_one_sentence(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(_: pa.Table, path: Path) -> None:
         path.write_bytes(b"torn")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(command.pq, "write_table", full)
-        assert main([str(folder), "--index", "4"]) == command.MISTAKE
-    assert "cannot be written (No space left on device)" in caplog.messages[-1]
-    assert not list(folder.glob(".*.partial"))
-    assert main([str(folder), "--index", "4"]) == 0
-    assert 4 not in left(folder)
-
-
-@pytest.mark.parametrize("number", ["-1", str(2**63), "four"])
-def test_an_index_is_a_running_index(folder: Path, number: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(folder), "--index", number])
-    assert ended.value.code == command.MISTAKE
-    assert number in capsys.readouterr().err
+        patch.setattr("analysis.forgetting.tables.pq.write_table", full)
+        assert command("paths=store", "ids='mail/4#0'") == MISTAKE
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(store.glob(".*.partial"))
+    assert command("paths=store", "ids='mail/4#0'") == 0
+    assert 4 not in left(store)
 
 
 def test_a_store_that_is_being_written_is_refused(tmp_path: Path) -> None:
     layout = Layout.of([("w", (WIDTH, 1), (WIDTH, 1))])
-    writer = StoreWriter(tmp_path, layout, {}, {}, batches_per_shard=1, world_size=2)
+    writer = StoreWriter(tmp_path / "store", layout, {}, {}, batches_per_shard=1, world_size=2)
     writer.append(torch.arange(3), torch.ones(3, WIDTH))
     writer.close()
-    write_names(tmp_path, [0, 1, 2])
-    with pytest.raises(StoreError, match="is not complete"):
-        forget(tmp_path, [], [1])
+    write_names(tmp_path / "store", [0, 1, 2])
+    (tmp_path / "keep.txt").write_text("mail/1#0\n")
+    with pytest.raises(AnalysisError, match="is not complete, so nothing was deleted"):
+        forget([tmp_path], {"mail/1#0"})
+    assert (tmp_path / "keep.txt").read_text() == "mail/1#0\n"

@@ -106,7 +106,7 @@ def test_a_run_leaves_a_whole_store_and_a_report(run: Run, capsys: pytest.Captur
     assert json.loads((folder.parent / "coverage.json").read_text())["left_out"] == []
     out = capsys.readouterr().out
     for part in (
-        "nearest sample",
+        "Nearest training samples",
         "cosine",
         "rms error",
         str(folder),

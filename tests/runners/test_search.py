@@ -142,6 +142,52 @@ def test_filters_and_metric(made: Path, find: Find) -> None:
     assert [row["score"] for row in plain] != cosine
 
 
+@pytest.mark.parametrize("metric", ["cosine", "inner_product"])
+def test_the_lowest_are_the_other_end_of_all(made: Path, find: Find, metric: str) -> None:
+    everything = find("k=24", "query.samples=2", f"metric={metric}")
+    found = find("k=3", "query.samples=2", "query.lowest=true", f"metric={metric}")
+    assert [row["end"] for row in found] == ["highest"] * 6 + ["lowest"] * 6
+    for query in dict.fromkeys(row["query"] for row in everything):
+        ranked = [row for row in everything if row["query"] == query]
+        lowest = [row for row in found if row["query"] == query and row["end"] == "lowest"]
+        assert [row["score"] for row in lowest] == [row["score"] for row in ranked[:-4:-1]]
+        assert [row["rank"] for row in lowest] == [1, 2, 3]
+
+
+def test_texts_are_shown_and_saved_only_on_request(
+    made: Path, find: Find, command: Callable[..., int], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "q.jsonl").write_text(json.dumps({"text": TEXTS[5]}) + "\n")
+    monkeypatch.setenv("COLUMNS", "200")
+    capsys.readouterr()
+    assert command(STORE, "query.text=q.jsonl", "k=2") == 0
+    assert TEXTS[5][:20] not in capsys.readouterr().out
+    assert command(STORE, "query.text=q.jsonl", "k=2", "preview=true") == 0
+    assert capsys.readouterr().out.count(TEXTS[5][:20]) >= 1
+    found = find("query.text=q.jsonl", "k=2", "preview=true")
+    assert all(TEXTS[5].startswith(row["query_text"].rstrip("…")) for row in found)
+    by_name = {f"t{i}": text for i, text in enumerate(TEXTS)}
+    for row in found:
+        assert row["text"].rstrip("…") in by_name[row["sample_id"].split("/")[1].split("#")[0]]
+
+
+def test_texts_that_may_be_others_are_refused(
+    made: Path, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    # The store's config names the data where they were when it was made.
+    config = made / "config.yaml"
+    path = saved_config(made).data.path
+    config.write_text(config.read_text().replace(path, str(texts)))
+    assert command(STORE, "k=1", "preview=true") == 0
+    texts.write_text(texts.read_text().replace(WORDS[0], WORDS[1]))
+    assert command(STORE, "k=1") == 0
+    capsys.readouterr()
+    assert command(STORE, "k=1", "preview=true") == MISTAKE
+    assert "have changed since" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_weights_count_parameters(made: Path, find: Find) -> None:
     names = ProjectionStore.open(made).layout.parameters
     alike = find("k=1", "weights={*:2.0}")
@@ -157,7 +203,8 @@ def test_formats(made: Path, command: Callable[..., int], tmp_path: Path, ending
     path = tmp_path / f"found.{ending}"
     rows = pq.read_table(path).to_pylist() if ending == "parquet" else list(csv.DictReader(path.open()))
     assert len(rows) == 6
-    assert list(rows[0]) == ["query", "query_domain", "rank", "sample_id", "domain", "index", "score"]
+    assert list(rows[0]) == SCHEMA.names
+    assert SCHEMA.names == ["query", "query_domain", "end", "rank", "sample_id", "domain", "index", "score"]
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -224,6 +271,9 @@ REFUSED = {
     ("data=interpreter", "data.seq_len=512"): ["data.seq_len=512", "n_positions=256"],
     ("model.path=/nowhere",): ["model.path=/nowhere"],
     ("store=texts.jsonl",): ["texts.jsonl"],
+    ("query.column=mlp",): ["query.column=mlp has no effect with store=", "query.column=[]", "run=DIR"],
+    ("tracking.uri=sqlite:///a.db",): ["tracking.uri=sqlite:///a.db has no effect"],
+    ("run=made",): ["store=made/projections and run=made are both searched"],
 }  # fmt: skip
 
 
@@ -243,7 +293,7 @@ def test_what_cannot_be_searched_is_one_sentence(
         for part in parts:
             assert part in printed.splitlines()[-1], words
     assert command() == MISTAKE
-    assert "store has no value" in capsys.readouterr().err
+    assert "nothing is searched: type store=DIR or run=DIR" in capsys.readouterr().err
 
 
 def test_labels_that_are_domains_must_be_the_stores(

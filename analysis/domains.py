@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.errors import AnalysisError
 from analysis.runs import Run
-from ghost.values import row_values
+from analysis.samples import RunSamples
+from analysis.stream import Rows, read_pieces, whole_steps
 
 
 @dataclass(frozen=True)
@@ -26,39 +26,73 @@ class DomainTrajectories:
     means: NDArray[np.float64]
 
 
+class DomainSums:
+    """Values summed by step and domain; of long runs by several successive steps at a time.
+
+    Args:
+        domains: How many there are, `D`.
+        points: How many sums over time are kept of a domain at most; None: one for each scored step.
+    """
+
+    def __init__(self, domains: int, points: int | None = None) -> None:
+        self._points = points
+        self._width = 1  # scored steps in a bin
+        self.scored_steps = 0
+        self._last = np.zeros(0, dtype=np.int64)  # of each bin the last step so far
+        self._sums = np.zeros((0, domains))
+
+    def add(self, rows: Rows, domain: NDArray[np.int32]) -> None:
+        """Add rows, with all rows of their steps, and the positions `[n]` of their samples' domains."""
+        starts = rows.step_starts()
+        scored = self.scored_steps + np.arange(len(starts))  # [steps]: their numbers
+        self.scored_steps += len(starts)
+        while self._points is not None and (self.scored_steps - 1) // self._width >= self._points:
+            self._halve()
+        bins = scored // self._width
+        self._grow(int(bins[-1]) + 1)
+        self._last[bins] = rows.step[starts]  # of several steps of a bin the last one stays
+        counts = np.diff(np.append(starts, len(rows)))
+        place = np.repeat(bins * self._sums.shape[1], counts) + domain
+        np.add.at(self._sums.reshape(-1), place, rows.value)
+
+    def steps(self) -> NDArray[np.int64]:
+        """The last step of each bin, `[S]`."""
+        return self._last[: self._bins()]
+
+    def cumulative(self) -> NDArray[np.float64]:
+        """Each domain's values up to and with these steps, `[S, D]`."""
+        return np.cumsum(self._sums[: self._bins()], axis=0)
+
+    def _bins(self) -> int:
+        return -(-self.scored_steps // self._width)
+
+    def _grow(self, bins: int) -> None:
+        if bins > len(self._last):
+            more = max(bins, 2 * len(self._last)) - len(self._last)
+            self._last = np.pad(self._last, (0, more))
+            self._sums = np.pad(self._sums, ((0, more), (0, 0)))
+
+    def _halve(self) -> None:
+        """Put every two bins together."""
+        self._width *= 2
+        self._grow(len(self._last) + len(self._last) % 2)
+        self._last = np.maximum(self._last[0::2], self._last[1::2])  # a bin without steps has 0
+        self._sums = self._sums[0::2] + self._sums[1::2]
+
+
 def domain_trajectories(run: Run) -> DomainTrajectories:
     """Sum the score rows by step and domain; rows that are not finite are left out, as in `values.parquet`.
 
     Raises:
         AnalysisError: a file is missing or damaged, or a score row belongs to no sample.
     """
-    names, code_of = _domain_codes(run)
-    scored = np.zeros(code_of.size, dtype=bool)
-    by_step: dict[int, NDArray[np.float64]] = {}
-    for shard in run.scores():
-        value, step, sample = (t.numpy() for t in (row_values(shard), shard["step"], shard["sample"]))
-        keep = np.isfinite(value)
-        value, step, sample = value[keep], step[keep], sample[keep]
-        if sample.size and (sample.max() >= code_of.size or sample.min() < 0 or (code_of[sample] < 0).any()):
-            raise AnalysisError(f"{run.directory}/samples.parquet lacks a sample that the score shards name.")
-        scored[sample] = True
-        found, row = np.unique(step, return_inverse=True)
-        sums = np.zeros((found.size, len(names)))
-        np.add.at(sums, (row, code_of[sample]), value)
-        for number, total in zip(found.tolist(), sums, strict=True):
-            by_step[number] = by_step.get(number, 0.0) + total
-    counts = np.bincount(code_of[scored], minlength=len(names))
+    samples = RunSamples.of(run)
+    scored = np.zeros(samples.size, dtype=bool)
+    sums = DomainSums(len(samples.domains))
+    for rows in whole_steps(read_pieces(run)):
+        sums.add(rows, samples.domains_of(rows.sample))
+        scored[rows.sample] = True
+    counts = np.bincount(samples.domain_of[scored], minlength=len(samples.domains))
     present = counts > 0
-    steps = np.array(sorted(by_step), dtype=np.int64)
-    sums = np.stack([by_step[step] for step in steps.tolist()]) if by_step else np.zeros((0, len(names)))
-    means = np.cumsum(sums[:, present], axis=0) / counts[present]
-    return DomainTrajectories(steps, [name for name, has in zip(names, present, strict=True) if has], means)
-
-
-def _domain_codes(run: Run) -> tuple[list[str], NDArray[np.int64]]:
-    """Domain names, and for each running index the position of its domain among them (-1: no such sample)."""
-    index = run.samples["index"].to_numpy()
-    names, codes = np.unique(run.samples["domain"].to_numpy().astype(str), return_inverse=True)
-    code_of = np.full(int(index.max(initial=-1)) + 1, -1, dtype=np.int64)
-    code_of[index] = codes
-    return names.tolist(), code_of
+    names = [name for name, has in zip(samples.domains, present, strict=True) if has]
+    return DomainTrajectories(sums.steps(), names, sums.cumulative()[:, present] / counts[present])

@@ -89,6 +89,11 @@ class Run:
         return self._table("samples.parquet", _SAMPLE_COLUMNS)
 
     @cached_property
+    def splits(self) -> pa.ChunkedArray:
+        """The column `split` of `samples.parquet`, in step with `samples`: "train" or "val"."""
+        return self._table("samples.parquet", {"split": pa.string()})["split"]
+
+    @cached_property
     def values(self) -> pa.Table:
         """`values.parquet`: `sample_id` string, `domain` string, `value` float64, `times_seen` int64."""
         return self._table("values.parquet", _VALUE_COLUMNS)
@@ -117,22 +122,29 @@ class Run:
         found = {row["step"]: row[name] for row in self.metrics if name in row}
         return {step: float("nan") if found[step] is None else float(found[step]) for step in sorted(found)}
 
-    def scores(self) -> Iterator[dict[str, Tensor]]:
-        """The score shards in the order written.
+    @property
+    def has_shards(self) -> bool:
+        """Whether the run left scores behind, or they were left here."""
+        return any((self.directory / "scores").glob("shard-*.pt"))
 
-        Yields:
-            `step` `[n]` int64, `sample` `[n]` int64 (running index), `score` and `lr` `[n]` or `[n, R]`,
-            `clip` `[n]`.
+    def shards(self) -> list[Path]:
+        """The files of the score shards in the order written.
+
+        Raises:
+            AnalysisError: There is none, or one is missing.
         """
         folder = self.directory / "scores"
-        paths = sorted(folder.glob("shard-*.pt"))
+        paths = sorted(folder.glob("shard-*.pt"), key=_shard_number)
         if not paths:
             raise AnalysisError(f"{folder} has no score shards: the run scored nothing or wrote nothing.")
-        numbers = [int(re.sub(r"\D", "", path.stem)) for path in paths]
+        numbers = [_shard_number(path) for path in paths]
         if missing := sorted(set(range(numbers[-1] + 1)) - set(numbers)):
             raise AnalysisError(f"{folder} lacks shard {missing[0]} of 0-{numbers[-1]}: sums would be wrong.")
-        for path in paths:
-            yield _read_shard(path)
+        return paths
+
+    def scores(self) -> Iterator[dict[str, Tensor]]:
+        """The score shards in the order written, as `read_shard` reads them."""
+        return map(read_shard, self.shards())
 
     def _existing(self, name: str) -> Path:
         path = self.directory / name
@@ -155,9 +167,22 @@ class Run:
             raise _damaged(path, error) from error
 
 
-def _read_shard(path: Path) -> dict[str, Tensor]:
+def _shard_number(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.stem))
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """A score shard, mapped into memory rather than read.
+
+    Returns:
+        `step` `[n]` int64, `sample` `[n]` int64 (running index), `score` and `lr` `[n]` or `[n, K]`, `clip`
+        `[n]`; of pairs `val` `[n, V]` as well.
+
+    Raises:
+        AnalysisError: It is damaged.
+    """
     try:
-        shard = torch.load(path, weights_only=True, map_location="cpu")
+        shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise _damaged(path, error) from error
     columns = [shard.get(name) for name in _SCORE_COLUMNS] if isinstance(shard, dict) else []

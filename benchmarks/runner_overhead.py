@@ -93,7 +93,7 @@ def measure(overrides: list[str], steps: int, out: Path) -> dict[str, object]:
         TrainingLoop(
             cfg=cfg, model=model, task=build_task(cfg, torch.device("cpu")),
             manager=manager(cfg, data, model, optimizer, out), optimizer=optimizer,
-            schedule=build_schedule(cfg.trainer, optimizer), batches=iter(side), val=data.val,
+            schedule=build_schedule(cfg.trainer, optimizer), batches=iter(side), val=data.val, test=None,
             tracker=tracker, status=status,
         ).run()  # fmt: skip
     runner, bare = side.runner[2 : steps + 2], side.bare[2 : steps + 2]

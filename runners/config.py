@@ -97,6 +97,7 @@ class DataConfig:
     seed: int = key("draws the training samples and label noise; the run's seed draws the rest")
     keep: str | None = key("list of sample ids (.txt, .csv, .parquet): train on these alone; null: all", None)
     drop: str | None = key("list of sample ids: train on all others; null: all", None)
+    test_samples: int = key("of val_samples, so many are never scored with: their loss is test/loss", 0)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from runners.tracking import NullTracker
 
 log = logging.getLogger(__name__)
 
-TRAIN_LOSS, VAL_LOSS = "train/loss", "val/loss"
+TRAIN_LOSS, VAL_LOSS, TEST_LOSS = "train/loss", "val/loss", "test/loss"
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class TrainingLoop:
         model: What is called: the model, compiled maybe.
         batches: The training micro-batches.
         val: The validation samples.
+        test: The test samples, where some are set apart.
     """
 
     cfg: DictConfig
@@ -60,6 +61,7 @@ class TrainingLoop:
     schedule: LambdaLR
     batches: Iterator[Batch]
     val: SampleSet
+    test: SampleSet | None
     tracker: NullTracker
     status: StatusLine
 
@@ -71,8 +73,8 @@ class TrainingLoop:
     def run(self) -> float:
         """All steps; returns the last validation loss."""
         trainer = self.cfg.trainer
-        val_loss = self.evaluate()
-        self.tracker.log_metrics(0, {VAL_LOSS: val_loss})
+        losses = self.evaluate()
+        self.tracker.log_metrics(0, losses)
         for step in range(trainer.max_steps):
             began, probed = time.perf_counter(), self._overhead.seconds
             result = self.train_step(step)
@@ -80,10 +82,11 @@ class TrainingLoop:
             metrics = self._metrics(result, seconds)
             done = step + 1
             if done % trainer.eval_every == 0 or done == trainer.max_steps:
-                val_loss = metrics[VAL_LOSS] = self.evaluate()
+                losses = self.evaluate()
+                metrics |= losses
             self.tracker.log_metrics(done, metrics)
-            self.status.update(done, result.loss, val_loss, self._overhead.share, peak_memory_bytes())
-        return val_loss
+            self.status.update(done, result.loss, losses[VAL_LOSS], self._overhead.share, peak_memory_bytes())
+        return losses[VAL_LOSS]
 
     def train_step(self, step: int) -> StepResult:
         """One optimizer step over all its micro-batches."""
@@ -168,9 +171,19 @@ class TrainingLoop:
             }
         return metrics
 
-    def evaluate(self) -> float:
-        """The mean loss over all validation samples."""
-        return evaluate(self.model, self.val, self.task, self.cfg.trainer.eval_batch_size)
+    def evaluate(self) -> dict[str, float]:
+        """The mean losses over all held-out samples, by metric."""
+        return held_out_losses(self.model, self.val, self.test, self.task, self.cfg.trainer.eval_batch_size)
+
+
+def held_out_losses(
+    model: nn.Module, val: SampleSet, test: SampleSet | None, task: Task, batch_size: int
+) -> dict[str, float]:
+    """The mean losses over all validation samples and, where there are some, all test samples, by metric."""
+    losses = {VAL_LOSS: evaluate(model, val, task, batch_size)}
+    if test is not None:
+        losses[TEST_LOSS] = evaluate(model, test, task, batch_size)
+    return losses
 
 
 @torch.no_grad()

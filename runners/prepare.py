@@ -71,6 +71,8 @@ def prepare(cfg: DictConfig) -> Meta:
     for name in ("keep", "drop"):
         if cfg.data[name] is not None:
             refuse(cfg, f"data.{name}", "has no effect here: give it to the runs that train on the files")
+    if cfg.data.test_samples:
+        refuse(cfg, "data.test_samples", "has no effect here: give it to the runs that train on the files")
     out = Path(cfg.prepare.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(

@@ -4,7 +4,7 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from runners.data.base import DataBundle
 from runners.data.loader import train_batches, val_batch, val_batches_by_domain, write_samples
 from runners.environment import device_description, git_state, versions
 from runners.layers import layer_selection
-from runners.loop import VAL_LOSS, TrainingLoop, evaluate
+from runners.loop import VAL_LOSS, TrainingLoop, held_out_losses
 from runners.losses import Task, build_task
 from runners.models import build_model, parameter_dtype, place
 from runners.optim import build_optimizer, build_scaler, build_schedule
@@ -51,26 +51,37 @@ def run(cfg: DictConfig) -> float:
             starts.
     """
     out = Path(cfg.output_dir)
-    if not is_scored(cfg):
-        log.info("engine=regular scores nothing: the other engine.* keys have no effect.")
-    device = prepare_machine(cfg)
     with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
-        data = build_data(cfg.data)
-        log.info("%s", data.description)
-        model = build_placed(cfg, data, device)
-        record_setup(cfg, out, device, data, tracker)
-        if cfg.trainer.eval_only:
-            val_loss = evaluate_only(cfg, model, data, device, tracker)
-        else:
-            val_loss = train(cfg, out, model, data, device, tracker)
-            write_results(cfg, out, data)
-            if cfg.trainer.save_model:
-                save_model(model, out / MODEL_FOLDER)
-        tracker.log_artifacts(out)
-        tracker.finish()
+        data, val_loss = recorded_run(cfg, tracker)
         if not cfg.trainer.eval_only:
             show_summary(cfg, out, data, tracker)
         return val_loss
+
+
+def recorded_run(
+    cfg: DictConfig, tracker: NullTracker, tags: Mapping[str, str] | None = None
+) -> tuple[DataBundle, float]:
+    """The same without the tables at the end, recorded by the tracker with these further tags; returns the
+    data too.
+    """
+    out = Path(cfg.output_dir)
+    if not is_scored(cfg):
+        log.info("engine=regular scores nothing: the other engine.* keys have no effect.")
+    device = prepare_machine(cfg)
+    data = build_data(cfg.data)
+    log.info("%s", data.description)
+    model = build_placed(cfg, data, device)
+    record_setup(cfg, out, device, data, tracker, tags)
+    if cfg.trainer.eval_only:
+        val_loss = evaluate_only(cfg, model, data, device, tracker)
+    else:
+        val_loss = train(cfg, out, model, data, device, tracker)
+        write_results(cfg, out, data)
+        if cfg.trainer.save_model:
+            save_model(model, out / MODEL_FOLDER)
+    tracker.log_artifacts(out)
+    tracker.finish()
+    return data, val_loss
 
 
 def build_placed(cfg: DictConfig, data: DataBundle, device: torch.device) -> nn.Module:
@@ -101,12 +112,18 @@ def prepare_machine(cfg: DictConfig) -> torch.device:
 
 
 def record_setup(
-    cfg: DictConfig, out: Path, device: torch.device, data: DataBundle, tracker: NullTracker
+    cfg: DictConfig,
+    out: Path,
+    device: torch.device,
+    data: DataBundle,
+    tracker: NullTracker,
+    further_tags: Mapping[str, str] | None = None,
 ) -> None:
     """Start the record: resolved config, code state, versions, device, seed and data."""
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     OmegaConf.save(OmegaConf.create(resolved), out / "config.yaml")
-    write_samples({"train": data.train, "val": data.val}, out / "samples.parquet")
+    sets = {"train": data.train, "val": data.val} | ({} if data.test is None else {"test": data.test})
+    write_samples(sets, out / "samples.parquet")
     git = git_state(PROJECT)
     if git.diff:
         (out / "git.diff").write_text(git.diff, encoding="utf-8")
@@ -117,6 +134,7 @@ def record_setup(
         "seed": str(cfg.seed),
         "data.fingerprint": data.fingerprint,
     }
+    tags |= further_tags or {}
     log.info("Running on %s", tags["device"])
     tracker.start(flatten(resolved), tags)
 
@@ -125,10 +143,11 @@ def evaluate_only(
     cfg: DictConfig, model: nn.Module, data: DataBundle, device: torch.device, tracker: NullTracker
 ) -> float:
     """The validation loss of the model as it is."""
-    val_loss = evaluate(model, data.val, build_task(cfg, device), cfg.trainer.eval_batch_size)
-    tracker.log_metrics(0, {VAL_LOSS: val_loss})
-    log.info("Validation loss %.4f over %d samples", val_loss, len(data.val))
-    return val_loss
+    task = build_task(cfg, device)
+    losses = held_out_losses(model, data.val, data.test, task, cfg.trainer.eval_batch_size)
+    tracker.log_metrics(0, losses)
+    log.info("Validation loss %.4f over %d samples", losses[VAL_LOSS], len(data.val))
+    return losses[VAL_LOSS]
 
 
 def train(
@@ -154,7 +173,7 @@ def train(
             loop = TrainingLoop(
                 cfg=cfg, model=called, task=task, manager=manager, optimizer=optimizer, scaler=scaler,
                 schedule=build_schedule(cfg.trainer, optimizer), batches=batches, val=data.val,
-                tracker=tracker, status=status,
+                test=data.test, tracker=tracker, status=status,
             )  # fmt: skip
             return loop.run()
     finally:

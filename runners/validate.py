@@ -17,7 +17,7 @@ from conf.hydra_errors import suggestion
 from conf.refuse import refuse as _refuse
 from runners.tasks import refuse_other_task
 from runners.validate_data import check_data
-from runners.validate_projection import check_projection
+from runners.validate_projection import check_projection, refuse_test_samples
 
 # Whole numbers and their smallest sensible value; null is allowed where the schema allows it.
 SMALLEST = {
@@ -26,6 +26,7 @@ SMALLEST = {
     "data.seq_len": 2,  # one token to read, one to predict
     "data.train_samples": 1,
     "data.val_samples": 1,
+    "data.test_samples": 0,
     "data.num_workers": 0,
     "data.target_len": 1,
     "data.image_size": 1,
@@ -73,11 +74,12 @@ def check(cfg: DictConfig) -> None:
 def check_untrained(cfg: DictConfig) -> None:
     """The same of a command that has neither an engine, an optimizer nor a trainer."""
     _untrained(cfg)
+    refuse_test_samples(cfg)
     _model(cfg)
 
 
 def _untrained(cfg: DictConfig) -> None:
-    _keys_known(cfg, prefix="")
+    refuse_unknown_keys(cfg, prefix="")
     _keys_given(cfg)
     _choices_kept(cfg)
     _output_dir(cfg)
@@ -89,7 +91,7 @@ def _untrained(cfg: DictConfig) -> None:
     _tracking(cfg)
 
 
-def _keys_known(cfg: DictConfig, prefix: str) -> None:
+def refuse_unknown_keys(cfg: DictConfig, prefix: str) -> None:
     """Hydra lets `+key=value` past the schema; a key nobody reads would be a setting without effect."""
     schema = OmegaConf.get_type(cfg)
     if not is_dataclass(schema):
@@ -100,7 +102,7 @@ def _keys_known(cfg: DictConfig, prefix: str) -> None:
             hint = suggestion(name, known, prefix)
             raise ConfigError(f"{prefix}{name}: there is no such key{hint} (keys: {', '.join(known)})")
         if not is_unresolved(cfg, name) and isinstance(cfg[name], DictConfig):
-            _keys_known(cfg[name], prefix=f"{prefix}{name}.")
+            refuse_unknown_keys(cfg[name], prefix=f"{prefix}{name}.")
 
 
 def _keys_given(cfg: DictConfig) -> None:
@@ -188,9 +190,13 @@ def _graddotprod(cfg: DictConfig) -> None:
         )
     if engine.pairwise and engine.val_sets != "one":
         _refuse(cfg, "engine.val_sets", "has no columns with engine.pairwise=true: type engine.val_sets=one")
-    if engine.val_batch_size > cfg.data.val_samples:
-        most = cfg.data.val_samples
-        _refuse(cfg, "engine.val_batch_size", f"is more than data.val_samples={most}: type {most} or less")
+    most = cfg.data.val_samples - cfg.data.test_samples
+    if engine.val_batch_size > most:
+        apart = f" less data.test_samples={cfg.data.test_samples}" if cfg.data.test_samples else ""
+        total = cfg.data.val_samples
+        _refuse(
+            cfg, "engine.val_batch_size", f"is more than data.val_samples={total}{apart}: type {most} or less"
+        )
 
 
 def _regular(cfg: DictConfig) -> None:

@@ -52,6 +52,13 @@ def check_data(cfg: DictConfig) -> None:
         refuse(
             cfg, "data.drop", f"does not go with data.keep={data.keep}: type data.drop=null or data.keep=null"
         )
+    if data.test_samples >= data.val_samples:
+        most = data.val_samples - 1
+        refuse(
+            cfg,
+            "data.test_samples",
+            f"leaves none of data.val_samples={data.val_samples} to score with: type {most} or less",
+        )
     if data.kind in CHECKS:
         CHECKS[data.kind](cfg)
 

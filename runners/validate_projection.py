@@ -35,6 +35,7 @@ def check_projection(cfg: DictConfig) -> None:
     if cfg.dtype.storage == "bfloat16":
         refuse(cfg, "dtype.storage", "is for scores: type engine.storage=bfloat16 dtype.storage=float32")
     refuse_score_formats(cfg)
+    refuse_test_samples(cfg)
     if cfg.engine.distortion_samples in (1, 2):
         refuse(cfg, "engine.distortion_samples", "makes too few pairs: type 3 or more, or 0 for none")
 
@@ -51,6 +52,12 @@ def refuse_score_formats(cfg: DictConfig) -> None:
                 f"dtype.{key}",
                 f"is a format of scores, and there are none: type dtype.{key}={usual}",
             )
+
+
+def refuse_test_samples(cfg: DictConfig) -> None:
+    """Raises `ConfigError` for a test set where nothing is evaluated."""
+    if cfg.data.test_samples:
+        refuse(cfg, "data.test_samples", "has no effect where nothing is trained: type data.test_samples=0")
 
 
 def _ranks(cfg: DictConfig) -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from analysis.samples import taking_turns
 from ghost.atomic import written_beside
 from ghost.values import accumulate, accumulate_columns, read_shards
 from runners.data.base import DataBundle, SampleSet
-from runners.data.loader import taking_turns
 
 VALUES_FILE = "values.parquet"
 COLUMNS_FILE = "values_by_column.parquet"

@@ -1,6 +1,5 @@
 """Every command of docs/guide.md, as it stands there, one after the other."""
 
-import json
 import os
 import re
 import shlex

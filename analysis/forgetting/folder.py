@@ -9,7 +9,7 @@ from analysis.errors import AnalysisError
 from analysis.forgetting.artefact import Artefact, NamingFile
 from analysis.forgetting.lists import CsvTable, JsonFile, JsonLines, TextList
 from analysis.forgetting.scores import FOLDER, forget_scores, unnamed_rows
-from analysis.forgetting.stores import SAMPLES, read_samples
+from analysis.forgetting.stores import SAMPLES
 from analysis.forgetting.tables import ColumnTable, ParquetTable
 from analysis.plots import plot_run
 
@@ -57,7 +57,7 @@ class Folder(Artefact):
         if named:
             self._remove_drawings()
         if self._is_run():
-            forget_scores(self.path, read_samples(self.path), ids)
+            forget_scores(self.path, ids)
         # What says whose the numbers are goes last: until then the same command finds all of the rest.
         last = self.path / SAMPLES
         for file in sorted(self.files, key=lambda file: file.path == last):
@@ -70,7 +70,7 @@ class Folder(Artefact):
             for what in file.left(ids):
                 yield f"{what} in {file.path.name}"
         if self._is_run():
-            yield from unnamed_rows(self.path, read_samples(self.path))
+            yield from unnamed_rows(self.path)
 
     def _is_run(self) -> bool:
         return (self.path / SAMPLES).is_file()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from omegaconf import DictConfig
 
 from conf.errors import ConfigError
+from runners.data.apart import set_test_apart
 from runners.data.base import DataBundle
 from runners.data.digits import build_digits
 from runners.data.hf import build_hf
@@ -34,4 +35,4 @@ def build_data(cfg: DictConfig) -> DataBundle:
     """
     if cfg.kind not in SOURCES:
         raise ConfigError(f"data.kind={cfg.kind!r} is no data source; choose one of {', '.join(SOURCES)}.")
-    return restrict(SOURCES[cfg.kind](cfg), cfg)
+    return set_test_apart(restrict(SOURCES[cfg.kind](cfg), cfg), cfg)

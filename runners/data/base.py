@@ -89,6 +89,8 @@ class DataBundle:
     """SHA-256 (hex) over the samples' ids and content."""
     description: str
     """One line for the log."""
+    test: SampleSet | None = None
+    """Held out like `val`, and never scored with; numbered after it."""
 
 
 def require_at_least(cfg: Any, key: str, least: int) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from analysis.samples import taking_turns
 from conf.errors import ConfigError
 from ghost.atomic import written_beside
 from ghost.batch import Items
@@ -56,16 +57,6 @@ def val_batches_by_domain(val: SampleSet) -> dict[str, Batch]:
     for i, domain in enumerate(val.domains):
         positions.setdefault(domain, []).append(i)
     return {domain: collate([val[i] for i in positions[domain]], val.layout) for domain in sorted(positions)}
-
-
-def taking_turns(domains: Sequence[str]) -> list[int]:
-    """Positions in the order in which the domains take turns; a domain's own order stays."""
-    seen: dict[str, int] = {}
-    turns = []
-    for position, domain in enumerate(domains):
-        seen[domain] = seen.get(domain, -1) + 1
-        turns.append((seen[domain], position))
-    return [position for _, position in sorted(turns)]
 
 
 def eval_batches(samples: SampleSet, batch_size: int) -> Iterator[Batch]:

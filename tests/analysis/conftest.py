@@ -67,6 +67,9 @@ def make_run(tmp_path: Path) -> MakeRun:
             if part:
                 merged = {key: torch.cat([shard[key] for shard in part]) for key in part[0]}
                 torch.save(merged, run / "scores" / f"shard-{number:05d}.pt")
+                if groups is not None:
+                    columns = [{"part": "total", "lr_group": group, "val": ""} for group in range(groups)]
+                    (run / "scores" / f"shard-{number:05d}.json").write_text(json.dumps(columns))
         if steps == 1:  # a run that short writes one shard
             (run / "scores" / "shard-00001.pt").rename(run / "scores" / "shard-00000.pt")
 

@@ -14,7 +14,7 @@ Line = Callable[..., int]
 
 def data_config(seed: int = 0, **keys: object) -> DictConfig:
     """A `data` node with what all sources share."""
-    return OmegaConf.create({"seed": seed, "keep": None, "drop": None, **keys})
+    return OmegaConf.create({"seed": seed, "keep": None, "drop": None, "test_samples": 0, **keys})
 
 
 @pytest.fixture

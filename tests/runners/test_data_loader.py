@@ -7,7 +7,7 @@ import torch
 from conf.errors import ConfigError
 from runners.choices import TaskName
 from runners.data.base import DataBundle, Item, SampleSet, token_rows
-from runners.data.loader import eval_batches, taking_turns, train_batches, val_batch, write_samples
+from runners.data.loader import eval_batches, train_batches, val_batch, write_samples
 
 
 class Counting(SampleSet):
@@ -140,8 +140,3 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
         write_samples({"train": broken.train, "val": broken.val}, path)
     assert path.read_text() == "an older file"
     assert [file.name for file in tmp_path.iterdir()] == ["samples.parquet"]
-
-
-def test_domains_take_turns_and_keep_their_order() -> None:
-    assert taking_turns(["a", "a", "a", "b", "c", "c"]) == [0, 3, 4, 1, 5, 2]
-    assert taking_turns([]) == []

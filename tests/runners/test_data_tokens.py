@@ -22,6 +22,7 @@ TEXT = {
     "tokenizer": "gpt2",
     "keep": None,
     "drop": None,
+    "test_samples": 0,
 }
 TOKENS = {
     "kind": "tokens",

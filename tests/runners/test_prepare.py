@@ -33,6 +33,7 @@ def config(path, out, **changes):
         "tokenizer": "gpt2",
         "keep": None,
         "drop": None,
+        "test_samples": 0,
         **changes,
     }
     return OmegaConf.create({"data": data, "prepare": {"out": str(out)}})

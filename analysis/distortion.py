@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from analysis.errors import AnalysisError
-from analysis.figures import domain_styles, new_figure, save, tidy, title
+from analysis.figures import Drawing, domain_styles, new_figure, save, tidy
 
 _GREY = "#666666"
 
@@ -20,7 +20,11 @@ def plot_distortion(report: Path, path: Path) -> Path:
     Raises:
         AnalysisError: The report is missing, damaged or has no measurement.
     """
-    found = read_report(report)
+    return save(draw_distortion(read_report(report)), path)
+
+
+def draw_distortion(found: Mapping[str, Any]) -> Drawing:
+    """Error and rank correlation against rank, of a report's content."""
     kinds = _by_kind(found["measurements"])
     figure = new_figure(7.6, 3.4)
     errors, correlations = figure.subplots(1, 2)
@@ -32,8 +36,7 @@ def plot_distortion(report: Path, path: Path) -> Path:
         "of the gradients' norms; shaded: from seed to seed",
         "dense: what one Gaussian matrix for each parameter would be expected to give with as many numbers",
     ]
-    title(figure, f"Projected against exact inner products of gradients: {found['model']}", notes)
-    return save(figure, path)
+    return Drawing(figure, f"Projected against exact inner products of gradients: {found['model']}", notes)
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -13,7 +13,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from analysis.domains import domain_trajectories
-from analysis.figures import HARMS, HELPS, domain_styles, new_figure, plain, save, shortened, tidy, title
+from analysis.errors import AnalysisError
+from analysis.figures import (
+    HARMS,
+    HELPS,
+    Drawing,
+    domain_styles,
+    new_figure,
+    plain,
+    save,
+    shortened,
+    thinned,
+    tidy,
+)
 from analysis.runs import Run, load_run, score_note
 
 log = logging.getLogger(__name__)
@@ -23,7 +35,9 @@ TRAIN_LOSS, VAL_LOSS = "train/loss", "val/loss"
 _VALUE = "value: fall in validation loss (nats)"
 _SHOWN_DOMAINS = 8
 _SHOWN_SAMPLES = 10  # at either end
-_ID_WIDTH = 48  # characters
+_TOLD_APART = 14  # domains with a line of their own; of more, the others are grey
+_ID_WIDTH, _LEGEND_WIDTH = 48, 28  # characters
+_GREY = "#999999"
 _BINS = 48
 _HEAVY_TAIL = 30.0  # largest value over the median one, from which a linear axis shows one bar and a void
 _FEW_POINTS = 30  # steps; up to here each gets a marker
@@ -40,19 +54,19 @@ def plot_run(run_dir: Path) -> list[Path]:
     plots = run.directory / "plots"
     drawn = []
     if (run.directory / "values.parquet").is_file() and _finite_values(run)[0].size:
-        drawn.append(value_histogram(run, plots / "value_histogram.png"))
-        drawn.append(top_bottom(run, plots / "top_bottom.png"))
-        drawn.append(domain_value(run, plots / "domain_value.png"))
+        drawn.append(save(value_histogram(run), plots / "value_histogram.png"))
+        drawn.append(save(top_bottom(run), plots / "top_bottom.png"))
+        drawn.append(save(domain_value(run), plots / "domain_value.png"))
     else:
         log.info("%s has no values: at most its losses are drawn", run.directory)
     if (run.directory / "metrics.jsonl").is_file() and (run.series(TRAIN_LOSS) or run.series(VAL_LOSS)):
-        drawn.append(losses(run, plots / "loss.png"))
+        drawn.append(save(losses(run), plots / "loss.png"))
     else:
         log.info("%s logged neither %s nor %s: loss.png is not drawn", run.directory, TRAIN_LOSS, VAL_LOSS)
     return drawn
 
 
-def value_histogram(run: Run, path: Path) -> Path:
+def value_histogram(run: Run) -> Drawing:
     """One histogram for each domain over a common axis, coloured by sign; symmetric-log for heavy tails."""
     values, domains = _finite_values(run)
     panels = _panels(domains)
@@ -71,11 +85,10 @@ def value_histogram(run: Run, path: Path) -> Path:
     grid[-1].set_xlabel(_VALUE, fontsize=9)
     figure.supylabel("samples", fontsize=9)
     scale = [] if threshold is None else [f"axis linear within ±{threshold:.0e}, logarithmic beyond"]
-    title(figure, "Values of the training samples", [score_note(run.config), *scale])
-    return save(figure, path)
+    return Drawing(figure, "Values of the training samples", [score_note(run.config), *scale])
 
 
-def top_bottom(run: Run, path: Path) -> Path:
+def top_bottom(run: Run) -> Drawing:
     """The samples of highest and of lowest value as bars, named by id and coloured by domain."""
     values, domains, ids = *_finite_values(run), _finite_ids(run)
     order = np.argsort(-values, kind="stable")
@@ -105,36 +118,45 @@ def top_bottom(run: Run, path: Path) -> Path:
     ]
     _legend_beside(axes, patches)
     shown = f"{order.size} of {values.size} samples, highest value first"
-    title(figure, "Highest and lowest values", [shown, score_note(run.config)])
-    return save(figure, path)
+    return Drawing(figure, "Highest and lowest values", [shown, score_note(run.config)])
 
 
-def domain_value(run: Run, path: Path) -> Path:
+def domain_value(run: Run) -> Drawing:
     """Each domain's mean value as it builds up over the steps."""
     trajectories = domain_trajectories(run)
-    styles = domain_styles(trajectories.domains)
+    steps, names, means = trajectories.steps, trajectories.domains, trajectories.means
+    if not steps.size:
+        raise AnalysisError(f"{run.directory}/scores has no finite score: there is nothing to draw.")
+    styles = domain_styles(names)
     figure = new_figure(6.8, 4.0)
     axes = figure.subplots()
-    marker = "o" if trajectories.steps.size <= _FEW_POINTS else None
-    for column in np.argsort(-trajectories.means[-1], kind="stable"):
-        name = trajectories.domains[column]
-        axes.plot(
-            trajectories.steps, trajectories.means[:, column], color=styles[name].colour,
-            linestyle=styles[name].line, linewidth=1.6, marker=marker, markersize=3, label=plain(name),
+    marker = "o" if steps.size <= _FEW_POINTS else None
+    largest = np.argsort(-np.abs(means[-1]), kind="stable")
+    named = []
+    for column in sorted(largest[:_TOLD_APART], key=lambda column: -means[-1, column]):
+        style, shown = styles[names[column]], thinned(means[:, column], len(names))
+        named += axes.plot(
+            steps[shown], means[shown, column], color=style.colour, linestyle=style.line, linewidth=1.6,
+            marker=marker, markersize=3, label=plain(shortened(names[column], _LEGEND_WIDTH)),
         )  # fmt: skip
+    for rank, column in enumerate(largest[_TOLD_APART:]):
+        shown = thinned(means[:, column], len(names))
+        (line,) = axes.plot(steps[shown], means[shown, column], color=_GREY, linewidth=0.5, zorder=1)
+        if rank == 0:
+            line.set_label(f"{len(names) - _TOLD_APART} other domains")
+            named.append(line)
     axes.axhline(0, color="black", linewidth=0.8)
     tidy(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("cumulative mean value (nats)", fontsize=9)
-    _legend_beside(axes, axes.get_lines()[: len(trajectories.domains)])
+    _legend_beside(axes, named)
     reading = "mean over a domain's scored samples of the fall in validation loss credited up to a step"
-    title(figure, "Value by domain over training", [reading, score_note(run.config)])
-    return save(figure, path)
+    return Drawing(figure, "Value by domain over training", [reading, score_note(run.config)])
 
 
-def losses(run: Run, path: Path) -> Path:
+def losses(run: Run) -> Drawing:
     """Training and validation loss over the steps; of a long run the training loss with a running mean."""
     train, val = run.series(TRAIN_LOSS), run.series(VAL_LOSS)
     figure = new_figure(6.4, 3.6)
@@ -143,23 +165,26 @@ def losses(run: Run, path: Path) -> Path:
     few = "o" if steps.size <= _FEW_POINTS else None
     if steps.size >= _SMOOTHED_FROM:
         window = steps.size // 20
-        axes.plot(steps, loss, color=HELPS, alpha=0.3, linewidth=0.8)
-        smooth = np.convolve(loss, np.full(window, 1 / window), mode="valid")
-        axes.plot(steps[window - 1 :], smooth, color=HELPS, label=f"train, mean of {window} steps")
+        shown = thinned(loss)
+        axes.plot(steps[shown], loss[shown], color=HELPS, alpha=0.3, linewidth=0.8)
+        smooth, ends = np.convolve(loss, np.full(window, 1 / window), mode="valid"), steps[window - 1 :]
+        shown = thinned(smooth)
+        axes.plot(ends[shown], smooth[shown], color=HELPS, label=f"train, mean of {window} steps")
     elif steps.size:
         axes.plot(steps, loss, color=HELPS, linewidth=1.4, marker=few, markersize=3, label="train")
     if val:
+        steps, loss = np.array(list(val)), np.array(list(val.values()))
+        shown, few = thinned(loss), "s" if steps.size <= _FEW_POINTS else None
         axes.plot(
-            list(val), list(val.values()),
-            color=HARMS, linewidth=1.4, linestyle="--", marker="s", markersize=4, label="validation",
+            steps[shown], loss[shown],
+            color=HARMS, linewidth=1.4, linestyle="--", marker=few, markersize=4, label="validation",
         )  # fmt: skip
     tidy(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("loss (nats)", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
-    title(figure, "Training and validation loss", [])
-    return save(figure, path)
+    return Drawing(figure, "Training and validation loss", [])
 
 
 def _finite_values(run: Run) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
@@ -193,7 +218,8 @@ def _draw_histogram(axes: Axes, values: NDArray[np.float64], edges: NDArray[np.f
     tidy(axes)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     negative = 100 * float((values < 0).mean())
-    text = f"{label}: {values.size} samples, {negative:.0f} % negative, mean {values.mean():+.2e}"
+    numbers = f"{values.size} samples, {negative:.0f} % negative, mean {values.mean():+.2e}"
+    text = f"{shortened(label, _LEGEND_WIDTH)}: {numbers}"
     axes.set_title(plain(text), fontsize=8, loc="left", pad=3)
 
 

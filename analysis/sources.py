@@ -104,7 +104,7 @@ def _tracked(name: str, uri: str | None, cwd: Path, downloads: Path) -> list[Run
     if database is not None and not database.exists():  # MLflow would make an empty store and look in it
         raise AnalysisError(
             f"{name} is no directory, and there is no tracking store {database} to find it in: give a run "
-            "directory, or uri=STORE"
+            "directory, or tracking.uri=STORE"
         )
     prepare_mlflow()
     from mlflow.exceptions import MlflowException
@@ -117,7 +117,7 @@ def _tracked(name: str, uri: str | None, cwd: Path, downloads: Path) -> list[Run
         raise AnalysisError(
             f"{name} cannot be read from {without_password(address)} ({one_line(error)}): give a run "
             "directory, "
-            "or another uri=STORE"
+            "or another tracking.uri=STORE"
         ) from error
 
 

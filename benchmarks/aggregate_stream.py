@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from analysis.aggregate import aggregate_runs
+from analysis.aggregate.command import aggregate_runs
 from analysis.runs import Run, load_run
 from benchmarks.common import Ratio, interleave, report
 

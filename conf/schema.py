@@ -1,6 +1,6 @@
 """What typed schemas of configs are made of: fields with their documentation, and closed trees."""
 
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -31,3 +31,10 @@ def schema_node(schema: type) -> DictConfig:
         if item.metadata.get("free"):
             OmegaConf.set_struct(node[item.name], False)
     return node
+
+
+@dataclass
+class TrackingStore:
+    """Where commands that read runs by MLflow id or experiment look for them."""
+
+    uri: str | None = key("MLflow's store; null: mlflow.db in the folder the command is typed in", None)

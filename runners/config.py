@@ -118,7 +118,7 @@ class InterpreterData(LanguageData):
     shuffled_domain: InterpreterDomain | None = key(
         "add copies of this domain with their tokens shuffled, as domain NAME-shuffled", None
     )
-    tokenizer: str = key("gpt2 (bundled) or a local tokenizer folder")
+    tokenizer: str = key("gpt2, bytes (256 tokens; both bundled) or a local tokenizer folder")
 
 
 @dataclass
@@ -132,7 +132,7 @@ class TextData(LanguageData):
     id_field: str | None = key("field that holds a stable id; null: file name and row number")
     domain: str | None = key("one domain for all rows; null: from domain_field, else the file's name", None)
     train_samples: int | None = key("samples to train on; null: all", None)
-    tokenizer: str = key("gpt2 (bundled) or a local tokenizer folder")
+    tokenizer: str = key("gpt2, bytes (256 tokens; both bundled) or a local tokenizer folder")
 
 
 @dataclass
@@ -164,7 +164,7 @@ class HFData(LanguageData):
     label_field: str | None = key("column of the label (text_classes, image_classes); null: label", None)
     domain_field: str | None = key("column of the domain; null: the class's name, else the split", None)
     id_field: str | None = key("column of a stable id; null: split and row number", None)
-    tokenizer: str = key("gpt2 (bundled), a local tokenizer folder, or a hub id")
+    tokenizer: str = key("gpt2, bytes (256 tokens; both bundled), a local tokenizer folder, or a hub id")
     target_len: int | None = key("tokens of the target (seq2seq); null: seq_len", None)
     image_size: int = key("height and width of an image, in pixels (image_classes)")
     channels: int = key("1: grey, 3: colour (image_classes)")
@@ -190,7 +190,7 @@ class DigitQuestionsData(DataConfig):
     kind: DataKind = fixed(DataKind.digit_questions)
     train_samples: int | None = key("samples to train on; null: all", None)
     seq_len: int = key("tokens a sample is padded to")
-    tokenizer: str = key("gpt2 (bundled), a local tokenizer folder, or a hub id")
+    tokenizer: str = key("gpt2, bytes (256 tokens; both bundled), a local tokenizer folder, or a hub id")
     image_size: int = key("height and width, in pixels: that of the model's vision tower")
     patch_size: int = key("height and width of a patch: that of the model's vision tower")
     image_token_id: int = key("id of <image>: the number of tokens where the tokenizer does not know it")
@@ -369,6 +369,7 @@ class RunConfig:
 
     seed: int = key("seed of weights, data order and dropout")
     preview: bool = key("show the samples' first words in the end table (console only)")
+    report_text: bool = key("show the samples' first words in report.html too, which is uploaded")
     dry_run: bool = key("show parameters, memory and output directory, then end")
     verify: bool = key("check the scores of a few samples against plain autograd, layer by layer, then end")
     output_dir: str | None = key("where the run's files go; set by hydra.run.dir or hydra.sweep.dir")

@@ -31,6 +31,7 @@ from runners.distortion_config import check_distortion
 from runners.distortion_report import Draw, Measurement, metrics, samples, table, write_report
 from runners.layers import layer_selection
 from runners.losses import Task, build_task
+from runners.report import REPORT_FILE, leave_report
 from runners.tracking import NullTracker, build_tracker
 from runners.train import build_placed, prepare_machine, record_setup
 from runners.verification import print_whole
@@ -63,6 +64,7 @@ def run(cfg: DictConfig) -> list[Measurement]:
         plot_distortion(out / REPORT, out / PLOT)
         for step, values in metrics(found).items():
             tracker.log_metrics(step, values)
+        leave_report(out, None)
         tracker.log_artifacts(out)
         tracker.finish()
         _say_left_out(len(Y) - samples(found))
@@ -170,6 +172,7 @@ def _say_left_out(number: int) -> None:
 def _log_ways_on(out: Path, tracker: NullTracker) -> None:
     log.info("Report: %s", out / REPORT)
     log.info("Plot: %s", out / PLOT)
+    log.info("Page: %s", out / REPORT_FILE)
     if (command := tracker.ui_command()) is not None:
         log.info("Open MLflow: %s", command)
     if (url := tracker.run_url()) is not None:

@@ -23,6 +23,7 @@ from runners.losses import Task, build_task
 from runners.progress import ProjectionLine, readable
 from runners.project_summary import measure_distortion, show_projection, typed_overrides
 from runners.projection_store import describe_store, open_writer, refuse_other_store, row_bytes, store_folder
+from runners.report import leave_report
 from runners.summary import replay_command
 from runners.tracking import NullTracker, build_tracker
 from runners.train import build_placed, prepare_machine, record_setup
@@ -212,6 +213,7 @@ def finish(
     if distortion is not None:
         metrics |= {"distortion/rms": distortion.rms, "distortion/spearman": distortion.spearman}
     tracker.log_metrics(last_step, metrics)
+    leave_report(out, None)
     tracker.log_artifacts(out)
     tracker.log_store(folder)
     tracker.finish()

@@ -19,6 +19,7 @@ from runners.neighbours import neighbour_table, print_neighbours, with_texts
 from runners.progress import readable
 from runners.projection_store import read_facts, read_samples
 from runners.queries import text_tokenizer
+from runners.report import REPORT_FILE
 from runners.summary import print_line, print_ways_on, replay_command
 from runners.tracking import NullTracker
 
@@ -78,6 +79,7 @@ def show_projection(
     size = f"{len(store):,} samples × {store.layout.width:,} numbers ({store.dtype})"
     ways = {
         "Run directory": str(out),
+        "Report": str(out / REPORT_FILE),
         "Store": f"{store.directory}",
         "Size": f"{readable(store.nbytes)}, {size}",
         "Search it": search_command(cfg, store),

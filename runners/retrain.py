@@ -14,15 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from analysis.aggregate import aggregate_runs
-from analysis.compare import print_comparison, write_comparison
-from analysis.comparison import Comparison, compare
+from analysis.aggregate.command import aggregate_runs
+from analysis.aggregate.tables import read_aggregate, write_aggregate
+from analysis.compare.command import COMPARISON_FILE, print_comparison, write_comparison
+from analysis.compare.comparison import Comparison, compare
+from analysis.errors import AnalysisError
 from analysis.lists import write_list
-from analysis.rules import Side, described
+from analysis.report import write_comparison_report
 from analysis.runs import Run
-from analysis.select import never_scored, outcome
-from analysis.selection import Parted, list_of, matched_random, select
-from analysis.tables import read_aggregate, write_aggregate
+from analysis.select.command import never_scored, outcome
+from analysis.select.rules import Side, described
+from analysis.select.selection import Parted, list_of, matched_random, select
 from conf.command import CONF_DIR, Reported, compose_and_run, exit_code
 from conf.errors import UserError
 from ghost.errors import GhostError
@@ -32,6 +34,7 @@ from runners.dryrun import data_facts, estimate_memory
 from runners.experiment_file import register_experiment_files
 from runners.models import build_on_meta
 from runners.progress import readable
+from runners.report import REPORT_FILE
 from runners.retrain_config import again_config, check_retrain, number_of_runs, score_config, test_samples
 from runners.retrain_runs import Runs, begin
 from runners.summary import print_ways_on
@@ -62,6 +65,7 @@ def run(cfg: DictConfig) -> Comparison:
         groups = train_again(cfg, runs, parted, out / RESULTS)
         found = compare(groups, FULL, None, cfg.retrain.target_loss)
         write_comparison(found, out / RESULTS)
+        leave_comparison_report(out / RESULTS)
         tracker.log_metrics(0, _metrics(found))
         tracker.log_artifacts(out / RESULTS)
         tracker.finish()
@@ -96,6 +100,14 @@ def train_again(cfg: DictConfig, runs: Runs, parted: Parted, folder: Path) -> di
     return groups
 
 
+def leave_comparison_report(results: Path) -> None:
+    """Write `report.html` about the runs; that it cannot be written is logged and loses nothing else."""
+    try:
+        write_comparison_report(results / AGGREGATE, results / REPORT_FILE, results / COMPARISON_FILE)
+    except (AnalysisError, OSError, ValueError) as error:
+        log.error("The report could not be written: %s", error)
+
+
 def show(cfg: DictConfig, out: Path, parted: Parted, found: Comparison, tracker: NullTracker) -> None:
     """The closing tables on the console."""
     console = Console()
@@ -104,6 +116,7 @@ def show(cfg: DictConfig, out: Path, parted: Parted, found: Comparison, tracker:
     ways = {
         "Directory": str(out),
         "Results": str(out / RESULTS),
+        "Report": str(out / RESULTS / REPORT_FILE),
         "Run it again": shlex.join(["python", "-m", "runners.retrain", *HydraConfig.get().overrides.task]),
     }
     print_ways_on(console, ways, tracker.ui_command(), tracker.run_url())

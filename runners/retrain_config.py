@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from analysis.rules import Method, RuleConfig, check_rule
+from analysis.select.rules import Method, RuleConfig, check_rule
 from conf.errors import ConfigError
 from conf.help_text import typed
 from conf.refuse import refuse
@@ -27,6 +27,7 @@ LEAST_SIGN_SEEDS = 2
 IDLE: dict[str, tuple[object, str]] = {
     "seed": (0, "is no run's seed here: retrain.score_seeds and retrain.seeds are"),
     "preview": (False, "has no use in runners.retrain"),
+    "report_text": (False, "has no use in runners.retrain"),
     "verify": (False, "has no use in runners.retrain"),
     "trainer.eval_only": (False, "has no use in runners.retrain"),
     "data.keep": (None, "does not go with runners.retrain, which drops samples itself"),

@@ -22,7 +22,7 @@ from conf.command import Reported, run_command
 from conf.errors import ConfigError, UserError
 from conf.help_text import typed
 from conf.refuse import refuse
-from conf.schema import free, key, schema_node
+from conf.schema import TrackingStore, free, key, schema_node
 from ghost import GhostError
 from runners import search_scores, search_store
 from runners.choices import Metric, QuerySplit
@@ -62,13 +62,6 @@ class WeightsPlace:
 
 
 @dataclass
-class TrackingPlace:
-    """Where MLflow's runs are."""
-
-    uri: str | None = key("run: the MLflow store of a run that is no directory; null: ./mlflow.db")
-
-
-@dataclass
 class SearchConfig:
     """The whole tree of this command."""
 
@@ -83,7 +76,7 @@ class SearchConfig:
     preview: bool = key("show first words of samples and queries; with out=: save them")
     query: QueryConfig = MISSING
     model: WeightsPlace = MISSING
-    tracking: TrackingPlace = MISSING
+    tracking: TrackingStore = MISSING
     data: DataConfig | None = None
     hardware: HardwareConfig = MISSING
 

@@ -17,6 +17,7 @@ _ARTIFACTS = {
     "Values": "values.parquet",
     "Scores": "scores",
     "Plots": "plots",
+    "Report": "report.html",
     "Metrics": "metrics.jsonl",
     "Weights": "model",
 }

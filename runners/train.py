@@ -18,7 +18,8 @@ from torch import nn
 
 from analysis.errors import AnalysisError
 from analysis.plots import plot_run
-from analysis.runs import score_note
+from analysis.report import shown_samples
+from analysis.runs import load_run, score_note
 from conf.errors import ConfigError
 from ghost import GhostConfig, GhostEngineManager
 from ghost.batch import take_rows
@@ -34,6 +35,7 @@ from runners.losses import Task, build_task
 from runners.models import build_model, parameter_dtype, place
 from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
+from runners.report import leave_report, record_environment
 from runners.summary import print_summary, replay_command
 from runners.tracking import MODEL_FOLDER, NullTracker, build_tracker, flatten
 from runners.values import VALUES_FILE, VALUES_SCHEMA, write_columns, write_values
@@ -74,6 +76,7 @@ def recorded_run(
     record_setup(cfg, out, device, data, tracker, tags)
     if cfg.trainer.eval_only:
         val_loss = evaluate_only(cfg, model, data, device, tracker)
+        leave_report(out, None)
     else:
         val_loss = train(cfg, out, model, data, device, tracker)
         write_results(cfg, out, data)
@@ -137,6 +140,7 @@ def record_setup(
     tags |= further_tags or {}
     log.info("Running on %s", tags["device"])
     tracker.start(flatten(resolved), tags)
+    record_environment(out, tags, tracker.run_id)
 
 
 def evaluate_only(
@@ -234,7 +238,7 @@ def write_coverage(model: nn.Module, config: GhostConfig, task: Task, val_data: 
 
 
 def write_results(cfg: DictConfig, out: Path, data: DataBundle) -> None:
-    """Values of a scored run, and the plots."""
+    """Values of a scored run, the plots, and the report."""
     if is_scored(cfg):
         write_values(out, data.train)
         if is_resolved(cfg):
@@ -243,6 +247,17 @@ def write_results(cfg: DictConfig, out: Path, data: DataBundle) -> None:
         plot_run(out)
     except AnalysisError as error:
         log.error("The plots could not be drawn: %s", error)
+    leave_report(out, report_previews(out, data) if cfg.report_text else None)
+
+
+def report_previews(out: Path, data: DataBundle) -> dict[str, str]:
+    """First words of the samples that the run's report names, by id."""
+    try:
+        shown = shown_samples(load_run(out))
+    except AnalysisError:  # no value is finite: the report names no sample, and says so
+        return {}
+    preview = _previews(data)
+    return {sample_id: preview(sample_id) for sample_id in shown}
 
 
 def show_summary(cfg: DictConfig, out: Path, data: DataBundle, tracker: NullTracker) -> None:

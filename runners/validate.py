@@ -207,8 +207,9 @@ def _regular(cfg: DictConfig) -> None:
             f"exclude={typed(layers.exclude)}, blocks={typed(layers.blocks)}) has no effect with "
             "engine=regular, which scores nothing: type layers=all, or engine=graddotprod"
         )
-    if cfg.preview:
-        _refuse(cfg, "preview", "has no effect with engine=regular, which values nothing: type preview=false")
+    for key in ("preview", "report_text"):
+        if cfg[key]:
+            _refuse(cfg, key, f"has no effect with engine=regular, which values nothing: type {key}=false")
 
 
 ENGINES = {"graddotprod": _graddotprod, "gradprojlora": check_projection, "regular": _regular}
@@ -297,6 +298,7 @@ def _eval_only(cfg: DictConfig) -> None:
     """
     idle: dict[str, object] = {
         "preview": False,
+        "report_text": False,
         "trainer.compile": False,
         "trainer.save_model": False,
         "engine.bitwise": False,
@@ -323,7 +325,7 @@ def _verify(cfg: DictConfig) -> None:
         raise ConfigError(
             f"verify=true has no scores to check with engine={cfg.engine.name}: type engine=graddotprod"
         )
-    for key in ("trainer.eval_only", "dry_run", "preview"):
+    for key in ("trainer.eval_only", "dry_run", "preview", "report_text"):
         if OmegaConf.select(cfg, key):
             _refuse(cfg, key, f"does not go with verify=true, which only checks scores: type {key}=false")
 

@@ -8,6 +8,7 @@ from conf.refuse import refuse
 # What only a training run reads and is typed on purpose. The other keys of optimizer and trainer have a value
 # in every config, and mean nothing here.
 IDLE: dict[str, object] = {
+    "report_text": False,
     "trainer.eval_only": False,
     "trainer.save_model": False,
     "trainer.compile": False,

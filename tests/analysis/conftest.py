@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from ghost.values import accumulate
+from tests.analysis.aggregates import build_aggregate
 
 MakeRun = Callable[..., Path]
+MakeAggregate = Callable[..., Path]
 
 CONFIG = "engine:\n  name: graddotprod\noptimizer:\n  name: adamw\n  lr: 1.0e-05\nseed: 0\n"
 
@@ -28,12 +30,14 @@ def make_run(tmp_path: Path) -> MakeRun:
         constant: float | None = None,
         heavy: bool = False,
         groups: int | None = None,
+        seed: int = 0,
     ) -> Path:
         run = tmp_path / name
         (run / "scores").mkdir(parents=True)
-        (run / "config.yaml").write_text(CONFIG)
+        (run / "config.yaml").write_text(CONFIG.replace("seed: 0", f"seed: {seed}"))
         rng = np.random.default_rng(0)
-        codes = rng.integers(0, len(domains), samples)
+        codes = rng.integers(0, len(domains), samples)  # of the samples, whatever the seed
+        rng = np.random.default_rng([seed, 1])
         # Ids as real ones are: long, and with characters that mean something to formatters.
         ids = [f"{domains[c]}:package/module_{i:03d}.py:{i}$x" for i, c in enumerate(codes)]
         offset = 5  # running indices need not start at zero
@@ -90,5 +94,16 @@ def make_run(tmp_path: Path) -> MakeRun:
                 if step % max(1, steps // 4) == 0:
                     file.write(json.dumps({"step": step, "time": 0.0, "val/loss": 8.2 / step**0.28}) + "\n")
         return run
+
+    return make
+
+
+@pytest.fixture
+def make_aggregate(make_run: MakeRun, tmp_path: Path) -> MakeAggregate:
+    """The folder of an aggregate of so many runs, which differ by their seeds."""
+
+    def make(runs: int = 3, columns: bool = False, **shape: object) -> Path:
+        made = [make_run(f"seed{seed}", seed=seed, **shape) for seed in range(runs)]
+        return build_aggregate(tmp_path / "aggregate", made, columns)
 
     return make

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from analysis.aggregate import aggregate_runs, with_values
+from analysis.aggregate.command import aggregate_runs, with_values
 from analysis.runs import load_run
 from ghost.scores import ONE_COLUMN, Column
 from ghost.values import accumulate, read_shards

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow.tracking import MlflowClient
 
-from analysis import aggregate
-from analysis.tables import read_aggregate
+from analysis.aggregate import command as aggregate
+from analysis.aggregate.tables import read_aggregate
 from runners import cli
 from tests.analysis.synthetic import SETS, write_run
 
@@ -106,7 +106,7 @@ def test_mistakes_are_one_sentence(
 def test_help_lists_every_key(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--help") == 0
     shown = capsys.readouterr().out
-    for name in ("runs=???", "uri=null", "out=null", "steps=null", "trajectory_points=1000"):
+    for name in ("runs=???", "tracking.uri=null", "out=null", "steps=null", "trajectory_points=1000"):
         assert name in shown
 
 

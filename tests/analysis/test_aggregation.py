@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from analysis.aggregate.tables import SCHEMAS
 from analysis.errors import AnalysisError
 from analysis.runs import load_run
-from analysis.tables import SCHEMAS
 from ghost.scores import ONE_COLUMN, Column
 from tests.analysis.conftest import MakeRun
 from tests.analysis.synthetic import PAIRS, SETS, plain_rows, plain_values, tables_of, write_run

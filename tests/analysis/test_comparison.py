@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from analysis import compare as command
-from analysis.comparison import SEEN_BY_SCORES, Comparison, compare
-from analysis.contrasts import difference
+from analysis.compare import command as command
+from analysis.compare.comparison import SEEN_BY_SCORES, Comparison, compare
+from analysis.compare.contrasts import difference
+from analysis.compare.outcomes import steps_to
 from analysis.errors import AnalysisError
-from analysis.outcomes import steps_to
 from analysis.runs import Run, load_run
 from tests.analysis.command_line import Command, in_process
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.contrasts import Design, Estimate, design, difference
+from analysis.compare.contrasts import Design, Estimate, design, difference
 
 
 @pytest.mark.parametrize("number", [2, 3, 8])

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from analysis.correlations import agreement, correlate, differing_keys
-from analysis.sample_totals import RunValues
+from analysis.aggregate.correlations import agreement, correlate, differing_keys
+from analysis.aggregate.sample_totals import RunValues
 from tests.analysis.synthetic import CONFIG
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from analysis.errors import AnalysisError
-from analysis.forget import compact, forget, main
-from analysis.forgetting import artefact, folder
-from analysis.forgetting.verification import verify_gone
+from analysis.forget import artefact, folder
+from analysis.forget.command import compact, forget, main
+from analysis.forget.verification import verify_gone
 from conf.command import FAILED, MISTAKE
 from ghost import ProjectionStore
 from ghost.layout import Layout
@@ -164,7 +164,7 @@ def test_killed_between_files_and_typed_again_it_ends_complete(
 
         with monkeypatch.context() as patch:
             for name in ("tables", "lists", "scores"):
-                patch.setattr(f"analysis.forgetting.{name}.replace", killed)
+                patch.setattr(f"analysis.forget.{name}.replace", killed)
             with suppress(KeyboardInterrupt):
                 forget([run.parent], {wanted})
                 ended += 1
@@ -183,7 +183,7 @@ def test_a_store_whose_names_were_left_by_a_kill_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("analysis.forgetting.tables.replace", killed)
+        patch.setattr("analysis.forget.tables.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             forget([store], {"mail/4#0"})
     forget([store], {"mail/4#0"})
@@ -228,7 +228,7 @@ def test_a_table_that_cannot_be_written_is_one_sentence(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("analysis.forgetting.tables.pq.write_table", full)
+        patch.setattr("analysis.forget.tables.pq.write_table", full)
         assert command("paths=store", "ids='mail/4#0'") == MISTAKE
     assert "cannot be written (No space left on device)" in capsys.readouterr().err.splitlines()[-1]
     assert not list(store.glob(".*.partial"))

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import select
 from analysis.lists import read_list
+from analysis.select import command as select
 from tests.analysis.command_line import Command, in_process
 
 __all__ = ["in_process"]

@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from analysis.errors import AnalysisError
-from analysis.rules import RuleConfig, Side, check_rule, described
-from analysis.selection import METADATA, Parted, list_of, matched_random, select
+from analysis.select.rules import RuleConfig, Side, check_rule, described
+from analysis.select.selection import METADATA, Parted, list_of, matched_random, select
 from conf.errors import ConfigError
 
 NAN = float("nan")

@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from analysis.aggregate.tables import OPTIONAL, SCHEMAS, check_folder, read_aggregate, write_aggregate
 from analysis.errors import AnalysisError
-from analysis.tables import OPTIONAL, SCHEMAS, check_folder, read_aggregate, write_aggregate
 from ghost.scores import ONE_COLUMN
 from tests.analysis.synthetic import SETS, tables_of, write_run
 

@@ -24,6 +24,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
     monkeypatch.setattr(train, "build_model", build)
     monkeypatch.setattr(train, "plot_run", lambda _: [])
+    monkeypatch.setattr(train, "leave_report", lambda *_: None)
     return built
 
 

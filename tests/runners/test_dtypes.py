@@ -65,6 +65,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Seen:
             found.scores.add(self.scores.dtype)
 
     monkeypatch.setattr(train, "plot_run", lambda _: [])
+    monkeypatch.setattr(train, "leave_report", lambda *_: None)
     monkeypatch.setattr(train, "build_model", found.build)
     monkeypatch.setattr(train, "GhostEngineManager", Watched)
     write_tokens(tmp_path / "tokens")

@@ -27,6 +27,17 @@ def test_text_comes_back_from_its_tokens(gpt2):
     assert decode(gpt2, tokens) == text
 
 
+def test_bytes_are_tokens():
+    tokenizer = load_tokenizer("bytes")
+    text = "def café():\n\t\treturn  {'ß': 1}  # 漢字 🙂\r\n\x00"
+    assert len(tokenizer) == 256
+    tokens = encode(tokenizer, text)
+    assert len(tokens) == len(text.encode())
+    assert decode(tokenizer, tokens) == text
+    whole = encode(tokenizer, "".join(map(chr, range(0x800))))
+    assert len(np.unique(whole)) == 128 + 64 + 30  # ASCII, and what two-byte letters begin and end with
+
+
 def test_a_batch_is_the_same_as_single_texts(gpt2):
     texts = ["one", "two words", "a third, longer text"]
     for row, text in zip(encode_batch(gpt2, texts), texts, strict=True):

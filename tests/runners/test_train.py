@@ -49,6 +49,7 @@ Steps = dict[int, float]
 def run(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in this process, with `tokens/` beside it, and returns the run directory."""
     monkeypatch.setattr(train, "plot_run", lambda _: [])
+    monkeypatch.setattr(train, "leave_report", lambda *_: None)
     write_tokens(tmp_path / "tokens")
     numbers = iter(range(100))
 
@@ -133,7 +134,7 @@ def test_the_command_leaves_everything_behind_and_the_tracking_store_has_it_too(
     expected = {
         *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
         *("config.yaml", "run.log", "coverage.json", "samples.parquet", "scores/shard-00000.pt"),
-        *("values.parquet", "metrics.jsonl"),
+        *("values.parquet", "metrics.jsonl", "environment.json", "report.html"),
         *(f"plots/{name}.png" for name in ("value_histogram", "top_bottom", "domain_value", "loss")),
     }
     assert names - {"git.diff"} == expected
@@ -202,7 +203,8 @@ def test_scores_are_flushed_every_so_many_steps(run: Run) -> None:
 def test_plain_training_scores_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(*TOKENS, "engine=regular")
     names = {path.name for path in folder.iterdir()}
-    assert names - {"git.diff"} == {".hydra", "config.yaml", "run.log", "samples.parquet", "metrics.jsonl"}
+    files = {"config.yaml", "run.log", "samples.parquet", "metrics.jsonl", "environment.json"}
+    assert names - {"git.diff"} == {".hydra"} | files
     assert list(series(folder, "train/loss")) == [1, 2, 3, 4]
     assert not series(folder, "scoring/overhead")
     assert "helpful" not in capsys.readouterr().out
@@ -656,3 +658,43 @@ def test_runs_of_the_same_second_have_directories_of_their_own(line: Line, tmp_p
     names = [path.name for path in tmp_path.glob("outputs/*/*")]
     assert len(names) == 2
     assert all(len(name.split("-")) == 4 for name in names)  # microseconds come last
+
+
+def test_a_run_leaves_a_report_without_text(line: Line, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    assert line(*TOKENS, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    values = pq.read_table(tmp_path / "run" / "values.parquet").to_pylist()
+    assert max(values, key=lambda row: row["value"])["sample_id"] in page
+    assert "<q>" not in page
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["device"] in page
+    assert environment["version.torch"] == torch.__version__
+
+
+def test_the_report_has_first_words_where_asked_for(line: Line, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    assert line(*TOKENS, "report_text=true", f"hydra.run.dir={tmp_path / 'run'}") == 0
+    assert (tmp_path / "run" / "report.html").read_text().count("<q>") > 4
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Path:
+        raise OSError("no space left")
+
+    write_tokens(tmp_path / "tokens")
+    monkeypatch.setattr("runners.report.write_run_report", refuse)
+    assert line(*TOKENS, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    assert "The report could not be written: no space left" in (tmp_path / "run" / "run.log").read_text()
+    assert (tmp_path / "run" / "values.parquet").is_file()
+
+
+@pytest.mark.parametrize("overrides", [["engine=regular"], ["trainer.eval_only=true"]])
+def test_runs_without_values_leave_a_report_too(line: Line, tmp_path: Path, overrides: list[str]) -> None:
+    write_tokens(tmp_path / "tokens")
+    assert line(*TOKENS, *overrides, f"hydra.run.dir={tmp_path / 'run'}") == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Validation loss" in page
+    assert "Not in this report" not in page

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.errors import AnalysisError
-from analysis.forgetting.folder import naming_file
+from analysis.forget.folder import naming_file
 
 GONE = {"mail/1#0", "ümlaut"}
 

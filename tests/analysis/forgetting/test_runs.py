@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from analysis.domains import domain_trajectories
-from analysis.forget import forget
-from analysis.forgetting import folder
-from analysis.forgetting.verification import verify_gone
+from analysis.forget import folder
+from analysis.forget.command import forget
+from analysis.forget.verification import verify_gone
 from analysis.plots import plot_run
 from analysis.runs import load_run
 from ghost.values import accumulate

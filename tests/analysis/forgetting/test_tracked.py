@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from analysis.forgetting import folder
-from analysis.forgetting.verification import verify_gone
+from analysis.forget import folder
+from analysis.forget.verification import verify_gone
 from analysis.runs import load_run
 from analysis.tracking_store import download
 from conf.command import FAILED, MISTAKE

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.forgetting.verification import verify_gone
+from analysis.forget.verification import verify_gone
 
 NAME = "mail/ü<1>#0"
 

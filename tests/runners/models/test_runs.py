@@ -43,6 +43,7 @@ def test_a_run(
     name: str, engine: str, line: Line, corpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "plot_run", lambda _: [])
+    monkeypatch.setattr(train, "leave_report", lambda *_: None)
     data = DATA.get(name, [*TEXT, "data.seq_len=16"])
     folder = tmp_path / "run"
     assert line(f"model={name}", *data, f"engine={engine}", *SHORT, f"hydra.run.dir={folder}") == 0

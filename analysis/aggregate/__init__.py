@@ -1,0 +1,1 @@
+"""Values across runs: by sample, by domain and by column, with their spread and agreement."""

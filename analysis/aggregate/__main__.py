@@ -1,0 +1,5 @@
+import sys
+
+from analysis.aggregate.command import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Groups of finished runs held against each other."""

@@ -1,0 +1,5 @@
+import sys
+
+from analysis.compare.command import main
+
+sys.exit(main())

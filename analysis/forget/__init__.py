@@ -1,0 +1,1 @@
+"""Deletes samples from everything that runs leave, and verifies that they are gone."""

@@ -1,0 +1,5 @@
+import sys
+
+from analysis.forget.command import main
+
+sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from analysis.report.command import main
+
+sys.exit(main())

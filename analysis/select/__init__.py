@@ -1,0 +1,1 @@
+"""Which samples are kept and which are dropped, by their values."""

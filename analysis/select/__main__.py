@@ -1,0 +1,5 @@
+import sys
+
+from analysis.select.command import main
+
+sys.exit(main())

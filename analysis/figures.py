@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 # Okabe and Ito's palette: told apart by colour-blind readers and in print. Its yellow is too pale for lines.
 HELPS, HARMS = "#0072B2", "#D55E00"
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-_PATTERNS = (("-", ""), ("--", "////"), (":", "...."), ("-.", "xxxx"))  # lines and bars, once colours run out
+# Lines, bars and points, once colours run out.
+_PATTERNS = (("-", "", "o"), ("--", "////", "s"), (":", "....", "^"), ("-.", "xxxx", "D"))
 _GREY = "#666666"
 _PIXELS = 110  # of a page an inch, where the page is that wide
 _POINTS = 1200  # of a line that is drawn: more than a screen has columns for it
@@ -35,19 +36,20 @@ def new_figure(width: float, height: float) -> Figure:
 
 @dataclass(frozen=True)
 class DomainStyle:
-    """How one domain is drawn, as a line or as a bar."""
+    """How one domain is drawn, as a line, as a bar or as points."""
 
     colour: str
     line: str
     hatch: str
+    marker: str
 
 
 def domain_styles(domains: Iterable[str]) -> dict[str, DomainStyle]:
     """The style of each domain: the same in every figure, and in runs with the same domains."""
     styles = {}
     for i, domain in enumerate(sorted(set(domains))):
-        line, hatch = _PATTERNS[i // len(_PALETTE) % len(_PATTERNS)]
-        styles[domain] = DomainStyle(_PALETTE[i % len(_PALETTE)], line, hatch)
+        pattern = _PATTERNS[i // len(_PALETTE) % len(_PATTERNS)]
+        styles[domain] = DomainStyle(_PALETTE[i % len(_PALETTE)], *pattern)
     return styles
 
 

@@ -30,7 +30,7 @@ from analysis.runs import Run, load_run, score_note
 
 log = logging.getLogger(__name__)
 
-TRAIN_LOSS, VAL_LOSS = "train/loss", "val/loss"
+TRAIN_LOSS, VAL_LOSS, TEST_LOSS = "train/loss", "val/loss", "test/loss"
 
 _VALUE = "value: fall in validation loss (nats)"
 _SHOWN_DOMAINS = 8
@@ -172,19 +172,23 @@ def losses(run: Run) -> Drawing:
         axes.plot(ends[shown], smooth[shown], color=HELPS, label=f"train, mean of {window} steps")
     elif steps.size:
         axes.plot(steps, loss, color=HELPS, linewidth=1.4, marker=few, markersize=3, label="train")
-    if val:
-        steps, loss = np.array(list(val)), np.array(list(val.values()))
-        shown, few = thinned(loss), "s" if steps.size <= _FEW_POINTS else None
-        axes.plot(
-            steps[shown], loss[shown],
-            color=HARMS, linewidth=1.4, linestyle="--", marker=few, markersize=4, label="validation",
-        )  # fmt: skip
+    for held_out, label, line, look in (
+        (val, "validation", "--", "s"), (run.series(TEST_LOSS), "test", ":", "^")
+    ):  # fmt: skip
+        if held_out:
+            steps, loss = np.array(list(held_out)), np.array(list(held_out.values()))
+            shown, few = thinned(loss), look if steps.size <= _FEW_POINTS else None
+            axes.plot(
+                steps[shown], loss[shown],
+                color=HARMS, linewidth=1.4, linestyle=line, marker=few, markersize=4, label=label,
+            )  # fmt: skip
     tidy(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("loss (nats)", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
-    return Drawing(figure, "Training and validation loss", [])
+    title = "Training, validation and test loss" if run.series(TEST_LOSS) else "Training and validation loss"
+    return Drawing(figure, title, [])
 
 
 def _finite_values(run: Run) -> tuple[NDArray[np.float64], NDArray[np.str_]]:

@@ -21,6 +21,8 @@ from analysis.errors import AnalysisError
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"  # what makes a directory a run
+ENVIRONMENT_FILE = "environment.json"
+"""Code state, versions, device and MLflow run, which a run writes at its start."""
 
 _SAMPLE_COLUMNS = {"index": pa.int64(), "sample_id": pa.string(), "domain": pa.string()}
 _VALUE_COLUMNS = {
@@ -48,6 +50,17 @@ def load_run(run_dir: Path) -> "Run":
 
 def score_note(config: Mapping[str, Any]) -> str:
     """What the values of a run with this config are, in one line for tables and plots."""
+    sets = "; the loss is the sum of all validation sets'" if has_sets(config) else ""
+    return credit_note(config) + sets
+
+
+def has_sets(config: Mapping[str, Any]) -> bool:
+    """Whether a run with this config has several validation objectives, whose values add up to a sample's."""
+    return config.get("engine", {}).get("val_sets") not in (None, "one")
+
+
+def credit_note(config: Mapping[str, Any]) -> str:
+    """How a run with this config credits a step, whatever the loss."""
     optimizer = config["optimizer"]
     if optimizer["name"] != "sgd":
         name = {"adamw": "AdamW"}.get(optimizer["name"], optimizer["name"])
@@ -55,6 +68,9 @@ def score_note(config: Mapping[str, Any]) -> str:
     if optimizer.get("momentum"):
         return "plain gradient dot product; momentum is not credited, so values are a first-order SGD proxy"
     return "first-order In-Run Data Shapley (plain gradient dot product, SGD)"
+
+
+_SCORING = "graddotprod"  # the engine that gives values
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,12 @@ class Run:
     @cached_property
     def values(self) -> pa.Table:
         """`values.parquet`: `sample_id` string, `domain` string, `value` float64, `times_seen` int64."""
+        engine = self.config.get("engine", {}).get("name", _SCORING)
+        if engine != _SCORING and not (self.directory / "values.parquet").exists():
+            raise AnalysisError(
+                f"{self.directory} has no values, since engine={engine} gives none: give a run of "
+                f"engine={_SCORING}"
+            )
         return self._table("values.parquet", _VALUE_COLUMNS)
 
     @cached_property

@@ -1,5 +1,6 @@
 """Where finished runs are: directories, folders of them, MLflow runs, sweeps and experiments."""
 
+import json
 import logging
 import os
 import re
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlparse
 
 from analysis.errors import AnalysisError
-from analysis.runs import CONFIG_FILE, Run, load_run
+from analysis.runs import CONFIG_FILE, ENVIRONMENT_FILE, Run, load_run
 from analysis.tracking_store import one_line, prepare_mlflow, resolve_uri, sqlite_path, without_password
+from conf.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as TrackedRun
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PARENT = "mlflow.parentRunId"
+PARENT = "mlflow.parentRunId"
+"""The tag with the id of the run that a run is shown under."""
+
 _PAGE = 1000  # runs a request
 _WEIGHTS = "model"  # the one artifact that no analysis reads, and the largest
 
@@ -35,16 +39,17 @@ def open_runs(names: Sequence[str], uri: str | None, cwd: Path) -> Iterator[list
 
     Args:
         names: Each is a run directory; a folder with run directories anywhere below, such as a sweep's; the
-            id of an MLflow run, also as `runs:/ID`, which stands for its children where it has some; or the
-            name of an MLflow experiment, which stands for its finished runs.
+            id of an MLflow run, also as `runs:/ID`, which stands for its finished children where it has some;
+            or the name of an MLflow experiment, which stands for its finished runs.
         uri: The tracking store, as `tracking.uri`; None: `mlflow.db` in `cwd`.
         cwd: What relative paths are relative to.
 
     Raises:
         AnalysisError: A name is none of these, or a run's artifacts are not to be had.
-        ConfigError: The tracking store cannot be read.
+        ConfigError: The tracking store cannot be read, or is given and not needed.
     """
     with tempfile.TemporaryDirectory(prefix="ghostrunner-") as downloads:
+        refuse_idle_store(uri, [cwd / name for name in names])
         runs: dict[Path, Run] = {}
         for name in names:
             path = cwd / name
@@ -54,13 +59,23 @@ def open_runs(names: Sequence[str], uri: str | None, cwd: Path) -> Iterator[list
         yield _with_own_names(list(runs.values()))
 
 
+def refuse_idle_store(uri: str | None, paths: Sequence[Path]) -> None:
+    """Raises `ConfigError` for a tracking store that nothing is looked for in."""
+    if uri is not None and paths and all(path.exists() for path in paths):
+        raise ConfigError(
+            f"tracking.uri={without_password(uri)} has no effect, since {paths[0]} is on this machine: leave "
+            "it out, or type an MLflow run id or experiment"
+        )
+
+
 def _below(folder: Path) -> list[Run]:
     """The run in a directory, or all runs below it, in the order of their paths."""
     if (folder / CONFIG_FILE).is_file():
         return [load_run(folder)]
     found = []
     for path, folders, files in os.walk(folder):
-        folders.sort(key=_natural)
+        # Hydra keeps a config.yaml of its own in .hydra.
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=_natural)
         if CONFIG_FILE in files:
             found.append(load_run(Path(path)))
             folders.clear()  # what lies in a run is not another run
@@ -125,25 +140,31 @@ def _find(name: str, client: "MlflowClient", address: str) -> list["TrackedRun"]
     run_id = name.removeprefix("runs:/").rstrip("/")
     if re.fullmatch(r"[0-9a-f]{32}", run_id):
         run = client.get_run(run_id)
-        return _search(client, [run.info.experiment_id], f"tags.`{_PARENT}` = '{run_id}'") or [run]
+        children = _search(client, [run.info.experiment_id], f"tags.`{PARENT}` = '{run_id}'")
+        return _finished(children, f"run {run_id}", address) if children else [run]
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         raise AnalysisError(
             f"{name} is no directory, no MLflow run id, and no experiment in {address}: give one of these"
         )
     runs = _search(client, [experiment.experiment_id], "")
-    parents = {run.data.tags.get(_PARENT) for run in runs}
+    parents = {run.data.tags.get(PARENT) for run in runs}
     own = [run for run in runs if run.info.run_id not in parents]  # a sweep's parent trained nothing itself
-    finished = [run for run in own if run.info.status == "FINISHED"]
-    if len(finished) < len(own):
+    return _finished(own, f"experiment {name}", address)
+
+
+def _finished(runs: list["TrackedRun"], source: str, address: str) -> list["TrackedRun"]:
+    """Those that came to their end; the others are counted in a warning."""
+    finished = [run for run in runs if run.info.status == "FINISHED"]
+    if len(finished) < len(runs):
         log.warning(
-            "%d of %d runs of experiment %s have not finished, or failed: they are left out.",
-            len(own) - len(finished),
-            len(own),
-            name,
+            "%d of %d runs of %s have not finished, or failed: they are left out.",
+            len(runs) - len(finished),
+            len(runs),
+            source,
         )
     if not finished:
-        raise AnalysisError(f"experiment {name} in {address} has no finished run: train some first")
+        raise AnalysisError(f"{source} in {address} has no finished run: train some first")
     return finished
 
 
@@ -164,7 +185,7 @@ def _open(run: "TrackedRun", client: "MlflowClient", downloads: Path) -> Run:
     """The run's artifacts as a run directory, or the directory itself where they were not uploaded."""
     run_id = run.info.run_id
     name = run.info.run_name or run_id
-    for candidate in (_local(run.info.artifact_uri), Path(run.data.params.get("output_dir", ""))):
+    for candidate in (_local(run.info.artifact_uri), _directory(run)):
         if candidate is not None and (candidate / CONFIG_FILE).is_file():
             return Run(candidate, name, run_id)
     folder = downloads / run_id
@@ -179,6 +200,18 @@ def _open(run: "TrackedRun", client: "MlflowClient", downloads: Path) -> Run:
             "runs that were trained with tracking.upload=true"
         )
     return Run(folder, name, run_id)
+
+
+def _directory(run: "TrackedRun") -> Path | None:
+    """Where the run wrote its files; None where this is not known, or another run's files are there now."""
+    folder = Path(run.data.params.get("output_dir", ""))
+    if not folder.is_absolute() or not (folder / ENVIRONMENT_FILE).is_file():
+        return None
+    try:
+        made_by = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("mlflow.run_id")
+    except ValueError:
+        return None
+    return folder if made_by == run.info.run_id else None
 
 
 def _local(uri: str) -> Path | None:

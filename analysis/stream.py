@@ -13,7 +13,7 @@ from analysis.errors import AnalysisError
 from analysis.ranks import rank_shares
 from analysis.runs import Run, read_shard
 from ghost.scores import Column, read_columns
-from ghost.values import row_values
+from ghost.values import column_values, row_values
 
 CHUNK_ROWS = 2**21
 
@@ -81,10 +81,7 @@ class Piece:
 
     def column_values(self) -> NDArray[np.float64]:
         """What each column adds to the rows' values, `[n, K]`."""
-        weighted = self.shard["score"].double() * self.shard["lr"].double()
-        clip = self.shard["clip"].double()[:, None]
-        shares = weighted.reshape(len(self.rows), len(self.columns)) * clip
-        return torch.where(clip == 0, torch.zeros_like(shares), shares).numpy()
+        return column_values(self.shard, len(self.columns)).numpy()
 
 
 def read_pieces(run: Run, steps: Steps | None = None, most_rows: int = CHUNK_ROWS) -> Iterator[Piece]:

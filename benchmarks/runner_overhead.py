@@ -27,7 +27,7 @@ from runners.data.loader import train_batches, val_batch
 from runners.loop import TrainingLoop
 from runners.losses import build_task
 from runners.models import build_model
-from runners.optim import build_optimizer, build_schedule
+from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
 from runners.tracking import build_tracker
 from runners.train import ghost_config
@@ -94,7 +94,7 @@ def measure(overrides: list[str], steps: int, out: Path) -> dict[str, object]:
             cfg=cfg, model=model, task=build_task(cfg, torch.device("cpu")),
             manager=manager(cfg, data, model, optimizer, out), optimizer=optimizer,
             schedule=build_schedule(cfg.trainer, optimizer), batches=iter(side), val=data.val, test=None,
-            tracker=tracker, status=status,
+            scaler=build_scaler(cfg, torch.device("cpu")), tracker=tracker, status=status,
         ).run()  # fmt: skip
     runner, bare = side.runner[2 : steps + 2], side.bare[2 : steps + 2]
     return {

@@ -92,6 +92,8 @@ def exit_code(command: Callable[[], None], groups: Sequence[str]) -> int:
     """
     # Hydra's way to hand composition errors to the caller instead of printing its own blocks.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra's parser takes overrides in one row only: a flag between them would end it.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     try:
         command()
     except JobFailed as error:

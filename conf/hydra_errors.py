@@ -16,6 +16,7 @@ WRONG_TYPES = (
     (r"could not be converted to Float", "is not a number"),
     (r"is not a valid bool", "is not true or false"),
     (r"is not a ListConfig, list or tuple", "is not a list, such as [a,b]"),
+    (r"Cannot merge DictConfig with", "is no place for a value: its keys have them, such as KEY.NAME=VALUE"),
     (r"is not Optional", "does not fit: the key needs a value"),
     (r"does not support deletion", "cannot be deleted"),
 )
@@ -31,7 +32,7 @@ def sentence(error: BaseException, arguments: Sequence[str], groups: Sequence[st
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error)
     if isinstance(error, OverrideParseException):
-        text = f"'{error.override}' is not an override: type key=value, with quotes around special characters"
+        text = f"'{error.override}' is not an override: type {_quoted(error.override)}"
     elif isinstance(error, OmegaConfBaseException):
         text = _config_error(error, groups, given=None)
     elif isinstance(cause, OmegaConfBaseException):
@@ -48,6 +49,17 @@ def suggestion(name: str, choices: Iterable[str], prefix: str = "") -> str:
     return f": did you mean {prefix}{close[0]}?" if close else ""
 
 
+def _quoted(override: str | None) -> str:
+    """How to type an override whose value has characters that mean something to Hydra."""
+    key, equals, value = (override or "").partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w.@/-]+", key) or re.search(r"['\"{}]", value):
+        return "key=value, with quotes around special characters, such as \"key='a#1'\""
+    if value.startswith("["):
+        quoted = ",".join(f"'{item.strip()}'" for item in value.strip("[]").split(","))
+        return f'"{key}=[{quoted}]", quotes within quotes'
+    return f"\"{key}='{value}'\", quotes within quotes"
+
+
 def _unknown_choice(error: MissingConfigException) -> str:
     if error.missing_cfg_file is None or error.options is None:
         return str(error).splitlines()[0]
@@ -59,7 +71,9 @@ def _unknown_choice(error: MissingConfigException) -> str:
 def _hydra_error(message: str, arguments: Sequence[str], groups: Sequence[str]) -> str:
     """Hydra's own refusals, where its wording does not say what to type."""
     if several := re.match(r"Ambiguous value for argument '(.*)'", message):
-        return f"{several[1]} has several values: add -m for one run each, or write [...] for a list"
+        return (
+            f"{several[1]} has several values: write [...] for a list, or add -m to run.py for one run each"
+        )
     if twice := re.match(r"Multiple values for (\S+)\.", message):
         return f"{twice[1]} has two values: type {twice[1]}=CHOICE once, without +"
     if absent := re.match(r"Could not override '(.*)'\. No match in the defaults list", message):
@@ -74,6 +88,8 @@ def _hydra_error(message: str, arguments: Sequence[str], groups: Sequence[str]) 
 def _config_error(error: OmegaConfBaseException, groups: Sequence[str], given: str | None) -> str:
     full_key = error.full_key or str(error.key)
     reason = (error.msg or str(error)).splitlines()[0]
+    if full_key == "hydra.sweep.dir" and "Missing mandatory value" in reason:
+        return "-m is for run.py: this command does one thing at a time, so type it once for each value"
     if isinstance(error, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(error, full_key, groups, given)
     if choices := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", reason):
@@ -101,7 +117,7 @@ def _unknown_key(
         siblings = sorted({*siblings, *groups})
     elsewhere = [path for path in _leaves(parent) if path.endswith(f".{name}")]
     if elsewhere and not get_close_matches(name, siblings, n=1, cutoff=0.8):
-        hint = f": did you mean {elsewhere[0]}?"
+        hint = f": did you mean {group}{dot}{elsewhere[0]}?"
     else:
         hint = suggestion(name, siblings, prefix=group + dot)
     of_group = f" of {group}" if group else ""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 
 def key(meaning: str, default: Any = MISSING) -> Any:
@@ -31,6 +31,13 @@ def schema_node(schema: type) -> DictConfig:
         if item.metadata.get("free"):
             OmegaConf.set_struct(node[item.name], False)
     return node
+
+
+def several(value: Any) -> list[str]:
+    """A key that takes one or a list; null is none."""
+    if value is None:
+        return []
+    return [str(one) for one in (value if isinstance(value, ListConfig) else [value])]
 
 
 @dataclass

@@ -31,6 +31,13 @@ def row_values(shard: Mapping[str, Tensor]) -> Tensor:
     return torch.where(clip == 0, torch.zeros_like(summed), summed * clip)
 
 
+def column_values(shard: Mapping[str, Tensor], columns: int) -> Tensor:
+    """What each of K `columns` adds to the rows' values, `[n, K]` float64."""
+    clip = shard["clip"].double()[:, None]
+    weighted = (shard["score"].double() * shard["lr"].double()).reshape(len(clip), columns)
+    return torch.where(clip == 0, torch.zeros_like(weighted), weighted * clip)
+
+
 def read_shards(directory: Path) -> Iterator[dict[str, Tensor]]:
     """The score shards of a run, in the order in which they were written."""
     for path in sorted(directory.glob("shard-*.pt")):
@@ -92,7 +99,7 @@ def accumulate(shards: Iterable[Mapping[str, Tensor]]) -> SampleValues:
 
 def accumulate_columns(directory: Path) -> dict[tuple[str, str], SampleValues]:
     """Values by part of the model and validation set, or for pairs validation row (its number in the
-    validation data); they sum to `accumulate`'s.
+    validation data); they sum to `accumulate`'s, and of the same rows.
 
     Args:
         directory: The folder of the score shards.
@@ -101,8 +108,9 @@ def accumulate_columns(directory: Path) -> dict[tuple[str, str], SampleValues]:
     for path in sorted(directory.glob("shard-*.pt")):
         shard = torch.load(path, weights_only=True)
         columns = read_columns(path)
-        weighted = shard["score"].double() * shard["lr"].double()
-        values = weighted.reshape(len(weighted), len(columns)) * shard["clip"].double()[:, None]  # [n, K]
+        finite = row_values(shard).isfinite()  # a row counts whole or not at all
+        shard = {name: column[finite] for name, column in shard.items()}
+        values = column_values(shard, len(columns))
         for k, column in enumerate(columns):
             if "val" not in shard:
                 sums[column.part, column.val].add(shard["sample"], values[:, k])

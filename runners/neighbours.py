@@ -82,7 +82,7 @@ def print_neighbours(neighbours: pa.Table, title: str, score: str, console: Cons
             Text(row["query_domain"] if first else ""),
             _cell(row["sample_id"], row.get(TEXT)),
             Text(row["domain"]),
-            f"{row['score']:.4g}",
+            f"{row['score']:#.4g}",
         )
     console.print(table)
 

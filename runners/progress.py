@@ -42,7 +42,7 @@ class Status:
         if self.val_loss is not None:
             parts.append(f"val {self.val_loss:.3f}")
         if self.overhead is not None:
-            parts.append(f"{100 * self.overhead:+.0f} %")
+            parts.append(f"scoring {100 * self.overhead:+.0f} %")
         parts.append(f"{self.memory_bytes / 1e9:.1f} GB")
         return "  ".join(parts)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from analysis.errors import AnalysisError
 from analysis.report import write_run_report
-from analysis.report.facts import ENVIRONMENT_FILE
-from analysis.runs import load_run
+from analysis.runs import ENVIRONMENT_FILE, load_run
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from analysis.report import write_comparison_report
 from analysis.runs import Run
 from analysis.select.command import never_scored, outcome
 from analysis.select.rules import Side, described
-from analysis.select.selection import Parted, list_of, matched_random, select
+from analysis.select.selection import Parted, list_of, random_samples, random_samples_per_domain, select
 from conf.command import CONF_DIR, Reported, compose_and_run, exit_code
 from conf.errors import UserError
 from ghost.errors import GhostError
@@ -57,6 +57,8 @@ def run(cfg: DictConfig) -> Comparison:
     out, cwd = Path(cfg.output_dir), Path(HydraConfig.get().runtime.cwd)
     begin(cfg, out)
     (out / RESULTS).mkdir(exist_ok=True)
+    log.info("If this is killed, it goes on with: %s", shlex.join([*_typed(), f"hydra.run.dir={out}"]))
+    say_shared_seeds(cfg)
     with build_tracker(cfg.tracking, out, cwd, run_id=_earlier_run_id(out)) as tracker:
         _start(cfg, out, tracker)
         runs = Runs(out, cwd, number_of_runs(cfg), tracker.run_id)
@@ -71,6 +73,21 @@ def run(cfg: DictConfig) -> Comparison:
         tracker.finish()
         show(cfg, out, parted, found, tracker)
     return found
+
+
+def _typed() -> list[str]:
+    """The command, without Hydra's own settings."""
+    return ["python", "-m", "runners.retrain", *HydraConfig.get().overrides.task]
+
+
+def say_shared_seeds(cfg: DictConfig) -> None:
+    """Warn of seeds that give values and train again."""
+    if shared := sorted(set(cfg.retrain.score_seeds) & set(cfg.retrain.seeds)):
+        log.warning(
+            "retrain.seeds has %s of retrain.score_seeds: runs that start as those that gave the values may "
+            "gain more from them than others would.",
+            ", ".join(map(str, shared)),
+        )
 
 
 def chosen(cfg: DictConfig, scored: Sequence[Run], folder: Path) -> Parted:
@@ -90,12 +107,13 @@ def train_again(cfg: DictConfig, runs: Runs, parted: Parted, folder: Path) -> di
     """The runs on all samples, without the dropped ones, and without random ones, seed by seed."""
     groups: dict[str, list[Run]] = {FULL: [], WITHOUT: [], RANDOM: []}
     dropped = parted.part(Side.drop)
+    draw = random_samples_per_domain if cfg.retrain.controls_per_domain else random_samples
     for seed in cfg.retrain.seeds:
         groups[FULL].append(runs.made(FULL, seed, again_config(cfg, seed, None)))
         groups[WITHOUT].append(runs.made(WITHOUT, seed, again_config(cfg, seed, folder / DROPPED)))
         for number in range(cfg.retrain.controls):
             path = folder / f"{RANDOM}-{number}-seed-{seed}.parquet"
-            write_list(matched_random(parted.table, dropped, (seed, number)), path)
+            write_list(draw(parted.table, dropped, (seed, number)), path)
             groups[RANDOM].append(runs.made(f"{RANDOM}-{number}", seed, again_config(cfg, seed, path)))
     return groups
 
@@ -117,7 +135,7 @@ def show(cfg: DictConfig, out: Path, parted: Parted, found: Comparison, tracker:
         "Directory": str(out),
         "Results": str(out / RESULTS),
         "Report": str(out / RESULTS / REPORT_FILE),
-        "Run it again": shlex.join(["python", "-m", "runners.retrain", *HydraConfig.get().overrides.task]),
+        "Run it again": shlex.join(_typed()),
     }
     print_ways_on(console, ways, tracker.ui_command(), tracker.run_url())
 

@@ -43,9 +43,8 @@ class RetrainConfig:
     seeds: list[int] = key(
         "seeds to train again with: for each one run on all samples, one without the dropped"
     )
-    controls: int = key(
-        "random controls a seed: runs without as many samples of each domain, drawn at random"
-    )
+    controls: int = key("random controls a seed: runs without as many samples, drawn at random")
+    controls_per_domain: bool = key("random controls lack as many samples of each domain as the rule drops")
     engine: RetrainEngine = key("engine of the runs that train again; scored: the one that gave the values")
     test_share: float = key(
         "share of data.val_samples to compare on, never scored with, where data.test_samples=0; 0: none"

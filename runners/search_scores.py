@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from analysis.runs import Run, score_note
+from analysis.runs import Run, credit_note
 from analysis.sources import open_runs
 from conf.errors import ConfigError
 from conf.refuse import refuse
@@ -66,7 +66,7 @@ def answers(cfg: DictConfig) -> Answers:
         )
         if cfg.preview:
             rows = with_texts(rows, *texts(cfg, run, rows, names))
-        return Answers(rows, len(names), "value", TITLES, f"{READING} ({score_note(run.config)}).")
+        return Answers(rows, len(names), "value", TITLES, f"{READING} ({credit_note(run.config)}).")
 
 
 def ranked(
@@ -114,11 +114,8 @@ def texts(
 
 def refuse_other_samples(cfg: DictConfig, run: Run, data: DataBundle) -> None:
     """Raises `ConfigError` where the sources give other ids than the run had, so that text would be wrong."""
-    now = {
-        samples.offset + i: name
-        for samples in (data.train, data.val)
-        for i, name in enumerate(samples.sample_ids)
-    }
+    sets = [data.train, data.val, *([] if data.test is None else [data.test])]
+    now = {samples.offset + i: name for samples in sets for i, name in enumerate(samples.sample_ids)}
     for index, name in zip(
         run.samples["index"].to_pylist(), run.samples["sample_id"].to_pylist(), strict=True
     ):

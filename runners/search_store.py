@@ -13,6 +13,7 @@ from conf.help_text import typed
 from conf.refuse import refuse
 from ghost import GradProjLoRAEngine, ProjectionStore
 from ghost.fingerprint import model_fingerprint
+from ghost.store.manifest import NAME as MANIFEST
 from runners.data import build_data
 from runners.data.base import SampleSet
 from runners.data.loader import ordered_batches
@@ -23,6 +24,7 @@ from runners.project import projection_config
 from runners.projection_store import StoreFacts, read_config, read_facts, read_samples
 from runners.queries import data_queries, text_queries
 from runners.search_kind import Answers, Kind, check_k
+from runners.tracking import STORE_FOLDER
 from runners.train import prepare_machine
 
 TITLES = {HIGHEST: "Nearest training samples", LOWEST: "Most opposed training samples"}
@@ -48,6 +50,8 @@ def answers(cfg: DictConfig) -> Answers:
         ConfigError, DataError, GhostError: The store, the queries or the model do not fit each other.
     """
     folder = Path(cfg.store).absolute()
+    if not (folder / MANIFEST).exists() and (folder / STORE_FOLDER / MANIFEST).exists():
+        refuse(cfg, "store", f"is the directory of its run: type store={Path(cfg.store) / STORE_FOLDER}")
     store, made, facts = ProjectionStore.open(folder), read_config(folder), read_facts(folder)
     made.hardware = cfg.hardware
     if cfg.model.path is not None:

@@ -1,6 +1,7 @@
 """Checks of the `data` part of the config, before anything is built. Torch is not imported."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,6 +53,11 @@ def check_data(cfg: DictConfig) -> None:
         refuse(
             cfg, "data.drop", f"does not go with data.keep={data.keep}: type data.drop=null or data.keep=null"
         )
+    for key in ("keep", "drop"):
+        if data[key] is not None and not Path(data[key]).is_file():
+            refuse(
+                cfg, f"data.{key}", "is no file: type the path of a list of sample ids (.txt, .csv, .parquet)"
+            )
     if data.test_samples >= data.val_samples:
         most = data.val_samples - 1
         refuse(

@@ -15,6 +15,9 @@ ColumnKey = tuple[str, str]
 """Part of the model; validation set, or id of a validation sample, or empty."""
 
 
+_WHOLE = {(column.part, column.val) for column in ONE_COLUMN}
+
+
 @dataclass(frozen=True)
 class ColumnValues:
     """Values of a run's `n` scored samples by column, each `[n]`: float64, and whether there is one."""
@@ -37,12 +40,13 @@ class ColumnSums:
         self._pair_scored: dict[str, NDArray[np.bool_]] = {}
 
     def add(self, piece: Piece) -> None:
-        """Add rows of a shard; those of one column tell nothing more than the values.
+        """Add rows of a shard; columns that differ by their learning rate alone tell nothing more than the
+        values.
 
         Raises:
             AnalysisError: A row is of a sample or a validation row that the run does not have.
         """
-        if piece.columns == ONE_COLUMN or not len(piece.rows):
+        if {(column.part, column.val) for column in piece.columns} <= _WHOLE or not len(piece.rows):
             return
         self._samples.domains_of(piece.rows.sample)
         values = piece.column_values()

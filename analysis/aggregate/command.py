@@ -5,9 +5,11 @@ python -m analysis.aggregate runs=[outputs/DAY/TIME,multirun/DAY/TIME] out=aggre
 # ruff: noqa: RUF009 -- `key` returns dataclass fields, not shared values
 
 import logging
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from hydra.core.config_store import ConfigStore
@@ -27,7 +29,7 @@ from analysis.stream import CHUNK_ROWS, Steps
 from conf.command import Reported, run_command
 from conf.errors import ConfigError, UserError
 from conf.refuse import refuse
-from conf.schema import TrackingStore, key, schema_node
+from conf.schema import TrackingStore, key, schema_node, several
 from ghost.errors import GhostError
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,9 @@ Tables = dict[str, Iterable[pa.Table]]
 class AggregateConfig:
     """The whole tree of this command."""
 
-    runs: list[str] = key("run directories, folders of them, MLflow run ids, or names of MLflow experiments")
+    runs: Any = key(
+        "NAME or [NAME,NAME]: run directories, folders of them, MLflow run ids, or MLflow experiments"
+    )
     tracking: TrackingStore = MISSING
     out: str | None = key("folder for the tables; an earlier aggregate in it is replaced; null: print only")
     steps: list[int] | None = key("[first,last]: only what these steps credit; null: all steps")
@@ -69,7 +73,7 @@ def aggregate_runs(
     samples, columns = SampleTotals(), ColumnTotals()
     by_run: dict[str, list[pa.Table]] = {"runs": [], "domains": [], "trajectories": [], "columns": []}
     for number, run in enumerate(runs, start=1):
-        log.info("Run %d of %d: %s", number, len(runs), run.name)
+        log.info("Reading the values of %s (%d of %d)", run.name, number, len(runs))
         sums = sum_run(run, steps, points, most_rows)
         position = samples.add(sums)
         domains = domain_rows(sums)
@@ -113,8 +117,8 @@ def with_values(runs: Sequence[Run]) -> list[Run]:
 
 def check_aggregate(cfg: DictConfig) -> None:
     """Raises `ConfigError` or `AnalysisError` for keys that cannot work, before anything is read."""
-    if OmegaConf.is_missing(cfg, "runs") or not cfg.runs:
-        raise ConfigError("runs has no value: type runs=[DIR,...], see --help")
+    if OmegaConf.is_missing(cfg, "runs") or not several(cfg.runs):
+        raise ConfigError("runs has no value: type runs=DIR or runs=[DIR,DIR], see --help")
     if cfg.steps is not None and (len(cfg.steps) != 2 or not 0 <= cfg.steps[0] <= cfg.steps[1]):
         refuse(cfg, "steps", "is no range: type steps=[FIRST,LAST]")
     if cfg.trajectory_points < 1:
@@ -127,7 +131,7 @@ def aggregate(cfg: DictConfig) -> None:
     """One aggregation: tables written where `out` says, and a summary printed."""
     check_aggregate(cfg)
     steps = None if cfg.steps is None else (cfg.steps[0], cfg.steps[1])
-    with open_runs(list(cfg.runs), cfg.tracking.uri, Path.cwd()) as runs:
+    with open_runs(several(cfg.runs), cfg.tracking.uri, Path.cwd()) as runs:
         valued = with_values(runs)
         tables = aggregate_runs(valued, steps, cfg.trajectory_points)
         if cfg.out is not None:
@@ -137,6 +141,11 @@ def aggregate(cfg: DictConfig) -> None:
     print_aggregate(shown, list(notes), Console())
     if cfg.out is not None:
         log.info("Wrote %s to %s", ", ".join(f"{name}.parquet" for name in sorted(tables)), cfg.out)
+        folder = shlex.quote(cfg.out)
+        log.info(
+            "As a page: python -m analysis.report aggregate=%s; as a list of what to keep: python -m "
+            "analysis.select values=%s method=quantile quantile=0.1 out=keep.parquet", folder, folder,
+        )  # fmt: skip
 
 
 def task(cfg: DictConfig) -> None:

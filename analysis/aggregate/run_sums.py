@@ -96,9 +96,8 @@ class SampleSums:
 
     def add(self, rows: Rows) -> None:
         """Add rows, with all rows of their steps."""
-        new = np.flatnonzero(self.seen[rows.sample] == 0)[
-            ::-1
-        ]  # reversed: the first of a sample's rows stays
+        new = np.flatnonzero(self.seen[rows.sample] == 0)
+        new = new[::-1]  # of a sample's rows the first is written last, and stays
         self._first[rows.sample[new]] = rows.value[new]
         shifted = rows.value - self._first[rows.sample]
         np.add.at(self.seen, rows.sample, 1)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 _SHOWN_SAMPLES = 5  # at either end
 _SHOWN_RUNS = 20
+_MEASURES = {"spearman": "Spearman", "kendall": "Kendall", "pearson": "Pearson", "same_sign": "same sign"}
 
 
 def print_aggregate(tables: Mapping[str, pa.Table], notes: Sequence[str], console: Console) -> None:
@@ -40,15 +41,18 @@ def _print_runs(runs: pa.Table, console: Console) -> None:
 
 
 def _print_agreement(correlations: pa.Table, console: Console) -> None:
-    """One line for all pairs of runs that differ in the same keys."""
+    """Some lines for all pairs of runs that differ in the same keys: one a measure."""
     if not correlations.num_rows:
         return
-    headings = ["pairs", "shared", "Spearman", "Kendall", "Pearson", "one sign"]
-    table = _table("Agreement of pairs of runs: median (lowest to highest)", ["differ in"], headings)
+    headings = ["pairs", "shared", "median", "lowest to highest"]
+    table = _table("Agreement of pairs of runs", ["differ in", "measure"], headings)
     for keys in pc.unique(correlations["differ"]).to_pylist():
         own = correlations.filter(pc.equal(correlations["differ"], keys))
-        measures = [_spread(own[name]) for name in ("spearman", "kendall", "pearson", "same_sign")]
-        _add(table, [keys or "nothing", own.num_rows, pc.min(own["shared"]).as_py(), *measures])
+        of_all = [keys or "nothing", own.num_rows, pc.min(own["shared"]).as_py()]
+        for name, measure in _MEASURES.items():
+            named, pairs, shared = of_all if name == "spearman" else ("", "", "")
+            _add(table, [named, measure, pairs, shared, *_spread(own[name])])
+        table.add_section()
     console.print(table)
 
 
@@ -67,6 +71,13 @@ def _print_samples(values: pa.Table, console: Console) -> None:
         shares = [f"{row['run_rank']:.2f}", f"{100 * row['positive']:.0f} %"]
         _add(table, [row["sample_id"], row["domain"], f"{row['value']:+.3e}", spread, *shares, row["runs"]])
     console.print(table)
+    most = pc.max(values["runs"]).as_py()
+    if fewer := pc.sum(pc.less(values["runs"], most)).as_py():
+        line = (
+            f"{fewer} of {values.num_rows} samples were scored in fewer than {most} runs: the fewer, the "
+            "further a mean may lie from zero by chance."
+        )
+        console.print(Text(line), soft_wrap=True, highlight=False)
 
 
 def _print_domains(domains: pa.Table, console: Console) -> None:
@@ -91,12 +102,12 @@ def _print_domains(domains: pa.Table, console: Console) -> None:
     console.print(table)
 
 
-def _spread(column: pa.ChunkedArray) -> str:
+def _spread(column: pa.ChunkedArray) -> tuple[str, str]:
+    """The median, and the least to the largest of several."""
     found = column.drop_null().to_numpy()
     if not found.size:
-        return "undefined"
-    middle = f"{np.median(found):.3f}"
-    return middle if found.size == 1 else f"{middle} ({found.min():.3f} to {found.max():.3f})"
+        return "undefined", ""
+    return f"{np.median(found):.3f}", f"{found.min():.3f} to {found.max():.3f}" if found.size > 1 else ""
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:

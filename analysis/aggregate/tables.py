@@ -3,13 +3,15 @@
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.errors import AnalysisError
+from analysis.runs import Run, load_run
 from conf.errors import first_line
 from ghost.atomic import written_beside
 
@@ -74,36 +76,105 @@ SCHEMAS = {
 OPTIONAL = ("columns", "column_values")
 """Only there where a run's scores have columns."""
 
+BESIDE = ("comparison.json", "report.html")
+"""What else may be in the folder: `analysis.report` reads the one and may write the other there."""
+
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The tables in a folder of `python -m analysis.aggregate`; their columns are the schemas above."""
+    """The tables in a folder of `python -m analysis.aggregate`, each read on first use; their columns are the
+    schemas above. A table that is missing or damaged raises `AnalysisError`.
+    """
 
-    values: pa.Table
-    runs: pa.Table
-    domains: pa.Table
-    trajectories: pa.Table
-    correlations: pa.Table
-    columns: pa.Table | None
-    column_values: pa.Table | None
+    directory: Path
+
+    @cached_property
+    def values(self) -> pa.Table:
+        """A row for each sample that any run scored."""
+        return self._table("values")
+
+    @cached_property
+    def runs(self) -> pa.Table:
+        """A row for each run."""
+        return self._table("runs")
+
+    @cached_property
+    def domains(self) -> pa.Table:
+        """A row for each run and domain."""
+        return self._table("domains")
+
+    @cached_property
+    def trajectories(self) -> pa.Table:
+        """A row for each run, step and domain."""
+        return self._table("trajectories")
+
+    @cached_property
+    def correlations(self) -> pa.Table:
+        """A row for each pair of runs."""
+        return self._table("correlations")
+
+    @cached_property
+    def columns(self) -> pa.Table | None:
+        """A row for each run, part of the model, validation set and domain; None without such scores."""
+        return self._optional("columns")
+
+    @cached_property
+    def column_values(self) -> pa.Table | None:
+        """A row for each sample, part of the model and validation set; None without such scores."""
+        return self._optional("column_values")
+
+    @property
+    def names(self) -> list[str]:
+        """The runs' names."""
+        return self.runs["run"].to_pylist()
+
+    def open_runs(self) -> dict[str, Run]:
+        """The runs whose directories are still where they were, by name."""
+        found = {}
+        for row in self.runs.select(["run", "directory"]).to_pylist():
+            try:
+                found[row["run"]] = replace(load_run(Path(row["directory"])), name=row["run"])
+            except AnalysisError:
+                continue
+        return found
+
+    def _optional(self, name: str) -> pa.Table | None:
+        return self._table(name) if (self.directory / _file(name)).exists() else None
+
+    def _table(self, name: str) -> pa.Table:
+        path, schema = self.directory / _file(name), SCHEMAS[name]
+        if not path.is_file():
+            raise AnalysisError(f"{path} is missing: give the folder that analysis.aggregate wrote")
+        try:
+            table = pq.ParquetFile(path).read()
+            if absent := [column for column in schema.names if column not in table.column_names]:
+                there = ", ".join(table.column_names)
+                raise AnalysisError(f"{path} has no column {absent[0]!r}, only {there}: it is no aggregate's")
+            return table.select(schema.names).cast(schema)
+        except (pa.ArrowException, OSError) as error:
+            raise AnalysisError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def read_aggregate(folder: Path) -> Aggregate:
-    """The tables in a folder.
+    """The aggregate in a folder.
 
     Raises:
-        AnalysisError: The folder holds no aggregate, or one of its files is missing or damaged.
+        AnalysisError: The folder holds none.
     """
-    if not (folder / _file("values")).is_file():
-        raise AnalysisError(f"{folder} holds no aggregate: give the folder that analysis.aggregate wrote")
-    return Aggregate(**{name: _read(folder / _file(name), name) for name in SCHEMAS})
+    for name in ("values", "runs"):  # a run has the first alone
+        if not (folder / _file(name)).is_file():
+            raise AnalysisError(
+                f"{folder} holds no aggregate, since it has no {_file(name)}: give the folder that "
+                "analysis.aggregate wrote"
+            )
+    return Aggregate(folder)
 
 
 def check_folder(folder: Path) -> None:
     """Raises `AnalysisError` for a folder that tables may not be written to: one with other files in it."""
     if folder.exists() and not folder.is_dir():
         raise AnalysisError(f"out={folder} is no folder: name a new one")
-    own = {_file(name) for name in SCHEMAS}
+    own = {_file(name) for name in SCHEMAS} | set(BESIDE)
     if folder.is_dir() and (foreign := sorted({path.name for path in folder.iterdir()} - own)):
         raise AnalysisError(f"out={folder} has other files in it, such as {foreign[0]}: name a new folder")
 
@@ -118,6 +189,9 @@ def write_aggregate(tables: Mapping[str, Iterable[pa.Table]], folder: Path) -> N
     check_folder(folder)
     if any(folder.glob("*.parquet")):
         log.info("The earlier aggregate in %s is replaced.", folder)
+        for name in BESIDE:
+            if (folder / name).exists():
+                log.warning("%s is of the aggregate before: write it again.", folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -134,15 +208,3 @@ def write_aggregate(tables: Mapping[str, Iterable[pa.Table]], folder: Path) -> N
 
 def _file(name: str) -> str:
     return f"{name}.parquet"
-
-
-def _read(path: Path, name: str) -> pa.Table | None:
-    if name in OPTIONAL and not path.exists():
-        return None
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise AnalysisError(f"{path} cannot be read: {first_line(error)}") from error
-    if not table.schema.equals(SCHEMAS[name]):
-        raise AnalysisError(f"{path} has the columns {table.schema.names}, not {SCHEMAS[name].names}")
-    return table

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis.compare.comparison import Comparison, Contrast, compare
+from analysis.compare.comparison import Comparison, Contrast, compare, reading
 from analysis.compare.contrasts import Estimate
 from analysis.compare.outcomes import SPLITS, Outcome
 from analysis.errors import AnalysisError
@@ -28,20 +29,21 @@ from conf.command import Reported, run_command
 from conf.errors import ConfigError, UserError, first_line
 from conf.help_text import typed
 from conf.refuse import refuse
-from conf.schema import TrackingStore, free, key, schema_node
+from conf.schema import TrackingStore, free, key, schema_node, several
 from ghost.atomic import written_beside
 
 log = logging.getLogger(__name__)
 
 COMPARISON_FILE = "comparison.json"
+CLEAR = "Clear: the 95 % interval over seeds leaves out no difference (× 1, or 0)."
 
 
 @dataclass
 class CompareConfig:
     """The whole tree of this command."""
 
-    groups: dict[str, list[str]] = free(
-        "the runs of the group KEY: directories, folders, MLflow ids, experiments"
+    groups: dict[str, Any] = free(
+        "the runs of the group KEY, NAME or [NAME,NAME]: directories, folders, MLflow ids, experiments"
     )
     baseline: str = key("the group that all others are held against")
     metric: str | None = key("loss that is compared; null: test/loss where all runs have it, else val/loss")
@@ -64,7 +66,7 @@ def run(cfg: DictConfig) -> Comparison:
     check_compare(cfg)
     with ExitStack() as opened:
         groups = {
-            str(name): opened.enter_context(open_runs(list(members), cfg.tracking.uri, Path.cwd()))
+            str(name): opened.enter_context(open_runs(several(members), cfg.tracking.uri, Path.cwd()))
             for name, members in cfg.groups.items()
         }
         _refuse_twice({name: [run.directory for run in runs] for name, runs in groups.items()})
@@ -84,7 +86,7 @@ def check_compare(cfg: DictConfig) -> None:
             f"groups has {len(cfg.groups)} of the two or more groups to compare: type groups.NAME=[RUN,RUN]"
         )
     for name, members in cfg.groups.items():
-        if not members:
+        if not several(members):
             refuse(cfg, f"groups.{name}", "must name one or more runs, such as [RUN,RUN]")
     if cfg.baseline not in cfg.groups:
         refuse(cfg, "baseline", f"is none of the groups {typed(list(cfg.groups))}: type one of them")
@@ -127,6 +129,9 @@ def print_comparison(found: Comparison, console: Console) -> None:
     """Print what each group reached, the contrasts, and what to know about them."""
     console.print(_group_table(found))
     console.print(_contrast_table(found))
+    for one in found.contrasts:
+        console.print(Text(f"{reading(one, found.unit)}."), soft_wrap=True, highlight=False)
+    console.print(Text(CLEAR), soft_wrap=True, highlight=False)
     own = [f"{one.group} against {one.against}: {one.note}" for one in found.contrasts if one.note]
     for note in [*found.notes, *own]:
         console.print(Text(f"Note: {note}."), soft_wrap=True, highlight=False)

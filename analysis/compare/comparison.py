@@ -76,7 +76,7 @@ class Comparison:
             "groups": [
                 {"name": name, "runs": [one.as_dict() for one in runs]} for name, runs in self.groups.items()
             ],
-            "contrasts": [_contrast_dict(one) for one in self.contrasts],
+            "contrasts": [_contrast_dict(one, self.unit) for one in self.contrasts],
             "notes": list(self.notes),
         }
 
@@ -145,7 +145,9 @@ def contrast(
         ).exponential()
     if any(missing):
         runs = len(outcomes) + len(others)
-        notes.append(f"{sum(missing)} of {runs} runs never reach the target: no ratio, only its bound")
+        one_sided = logs is not None and not all(missing)
+        kept = "no ratio, only its bound" if one_sided else "no ratio"
+        notes.append(f"{sum(missing)} of {runs} runs {_never(sum(missing))} the target: {kept}")
     bound = None if logs is None else logs.mean
     return Contrast(
         group,
@@ -159,6 +161,10 @@ def contrast(
         censored=sum(missing),
         note="; ".join(notes),
     )
+
+
+def _never(runs: int) -> str:
+    return "never reaches" if runs == 1 else "never reach"
 
 
 def _loss_difference(
@@ -196,7 +202,7 @@ def _notes(
     for name, of in outcomes.items():
         if missing := [one for one in of if one.steps_to_target is None]:
             notes.append(
-                f"{len(missing)} of {len(of)} runs of {name} never reach {target:.4g} in their "
+                f"{len(missing)} of {len(of)} runs of {name} {_never(len(missing))} {target:.4g} in their "
                 f"{max(one.last_step for one in missing)} steps"
             )
     if differing := differing_keys(runs):
@@ -204,10 +210,28 @@ def _notes(
     return notes
 
 
+def reading(one: Contrast, unit: str) -> str:
+    """A contrast in words: a difference is clear where its interval leaves out that there is none."""
+    cost, ends = f"{unit} to the target", "final loss"
+    parts = [
+        _clear(one.ratio, 1, f"fewer {cost}", f"more {cost}", cost),
+        _clear(one.final, 0, f"a lower {ends}", f"a higher {ends}", ends),
+    ]
+    return f"{one.group} against {one.against}: {'; '.join(parts)}"
+
+
+def _clear(found: Estimate | None, none: float, less: str, more: str, what: str) -> str:
+    if found is None or found.low is None or found.high is None:
+        return f"{what} without an interval"
+    if found.low <= none <= found.high:
+        return f"no clear difference in {what}"
+    return less if found.high < none else more
+
+
 # ---------------------------------------------------------------- JSON
 
 
-def _contrast_dict(one: Contrast) -> dict[str, Any]:
+def _contrast_dict(one: Contrast, unit: str) -> dict[str, Any]:
     return {
         "group": one.group,
         "against": one.against,
@@ -220,6 +244,7 @@ def _contrast_dict(one: Contrast) -> dict[str, Any]:
         "censored": one.censored,
         "final_loss": _estimate_dict(one.final),
         "best_loss": _estimate_dict(one.best),
+        "reading": reading(one, unit),
         "note": one.note,
     }
 

@@ -38,17 +38,20 @@ class Design:
 
 
 def design(seeds: Sequence[int], against: Sequence[int]) -> Design:
-    """Pairs by seed where the groups share two or more seeds, or have the very same one; else two samples."""
+    """Pairs by seed where the groups share two or more seeds, or the only one that a group has; else two
+    samples.
+    """
     own, other = set(seeds), set(against)
     shared = tuple(sorted(own & other))
-    if len(shared) >= 2 or (shared and own == other):
+    if len(shared) >= 2 or (shared and min(len(own), len(other)) == 1):
         left_out = len(own ^ other)
-        notes = [f"{left_out} seeds are in one group only and left out"] if left_out else []
+        seeds_are = "1 seed is" if left_out == 1 else f"{left_out} seeds are"
+        notes = [f"{seeds_are} in one group only and left out"] if left_out else []
         notes += ["one pair: no interval"] if len(shared) == 1 else []
         return Design(shared, "; ".join(notes))
     notes = ["seeds do not match: Welch's interval"]
     if min(len(own), len(other)) < 2:
-        notes = ["seeds do not match, and a group has one: no interval"]
+        notes = ["seeds do not match, and a group has only one: no interval"]
     return Design((), "; ".join(notes))
 
 

@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, ListConfig
+from omegaconf import MISSING, DictConfig
 
+from analysis.errors import AnalysisError
 from analysis.forget.artefact import Artefact
-from analysis.forget.finding import find_artefacts
+from analysis.forget.finding import find_artefacts, find_pages
 from analysis.forget.stores import Store
-from analysis.forget.tracked import TrackedRun
-from analysis.forget.verification import Finding, verify_gone
+from analysis.forget.tracked import tracked_runs
+from analysis.forget.verification import Finding, has_an_id, verify_gone
+from analysis.report import write_run_report
+from analysis.runs import CONFIG_FILE, load_run
 from analysis.tracking_store import resolve_uri
 from conf.command import FAILED, Reported, run_command
 from conf.errors import ConfigError, UserError
 from conf.refuse import refuse
-from conf.schema import TrackingStore, key
+from conf.schema import TrackingStore, key, several
 from ghost import GhostError
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ class ForgetConfig:
     """The whole tree of this command."""
 
     paths: Any = key("PATH or [PATH,PATH]: run directories, stores, folders of those, lists of samples")
-    runs: Any = key("ID or [ID,ID]: runs in MLflow, whose artifacts are cleaned")
+    runs: Any = key("ID or [ID,ID]: runs in MLflow, whose and whose children's artifacts are cleaned")
     ids: Any = key("ID or [ID,ID]: the samples, as in the column sample_id")
     compact: bool = key("rewrite stores, so that no byte remains, and verify that all is gone")
     tracking: TrackingStore = MISSING
@@ -60,10 +63,41 @@ def forget(paths: Sequence[Path], ids: Set[str]) -> None:
         if isinstance(store, Store):
             store.refuse_unfinished()
     say_unknown(ids, set().union(*names))
+    removed = remove_pages(find_pages(paths), concerned, ids)
     for artefact in artefacts:
         artefact.forget(ids)
         if artefact in concerned:
             log.info("Deleted from %s", artefact.path)
+    for page in removed:
+        report_again(page)
+
+
+def remove_pages(pages: Sequence[Path], concerned: Sequence[Artefact], ids: Set[str]) -> list[Path]:
+    """Delete the reports that may show the samples, also cut short or in figures: those that have an id, and
+    those in a folder at or above something that named one. Returns which.
+    """
+    below = [artefact.path.resolve() for artefact in concerned]
+    removed = [
+        page
+        for page in pages
+        if any(path.is_relative_to(page.parent) for path in below) or has_an_id(page, ids)
+    ]
+    for page in removed:
+        page.unlink()
+        log.info("%s is deleted, since it may show the samples.", page)
+    return removed
+
+
+def report_again(page: Path) -> None:
+    """Write the report of the run that the page is beside, from what is left; nothing beside others."""
+    if not (page.parent / CONFIG_FILE).is_file():
+        return
+    try:
+        write_run_report(load_run(page.parent), page, None)
+    except AnalysisError as error:
+        log.error("The report could not be written again: %s", error)
+        return
+    log.info("%s is written again, without words of samples.", page)
 
 
 def compact(paths: Sequence[Path]) -> None:
@@ -100,7 +134,7 @@ def run(cfg: DictConfig) -> list[Finding]:
     ids = frozenset(several(cfg.ids))
     paths = [Path(path) for path in several(cfg.paths)]
     uri = resolve_uri(cfg.tracking.uri, Path.cwd())
-    tracked = [TrackedRun(run_id.removeprefix("runs:/"), uri) for run_id in several(cfg.runs)]
+    tracked = tracked_runs([run_id.removeprefix("runs:/") for run_id in several(cfg.runs)], uri)
     with ExitStack() as stack:
         folders = [*paths, *_entered(stack, [one.changed_artifacts for one in tracked])]
         forget(folders, ids)
@@ -124,13 +158,6 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("no sample is named: type \"ids=['ID']\", or compact=true to rewrite stores")
     if cfg.tracking.uri is not None and not several(cfg.runs):
         refuse(cfg, "tracking.uri", "has no effect without runs: type tracking.uri=null, or runs=ID")
-
-
-def several(value: Any) -> list[str]:
-    """A key that takes one or a list; null is none."""
-    if value is None:
-        return []
-    return [str(one) for one in (value if isinstance(value, ListConfig) else [value])]
 
 
 def say(found: Sequence[Finding], ids: Sequence[str]) -> None:

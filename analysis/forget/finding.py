@@ -7,6 +7,7 @@ from analysis.errors import AnalysisError
 from analysis.forget.artefact import Artefact
 from analysis.forget.folder import FILES, Folder, naming_file
 from analysis.forget.stores import Store, is_store
+from analysis.report.page import is_page
 
 
 def find_artefacts(paths: Iterable[Path]) -> list[Artefact]:
@@ -20,6 +21,13 @@ def find_artefacts(paths: Iterable[Path]) -> list[Artefact]:
         for artefact in _at(path.absolute()):
             found.setdefault(artefact.path.resolve(), artefact)
     return list(found.values())
+
+
+def find_pages(paths: Iterable[Path]) -> list[Path]:
+    """The reports that `analysis.report` wrote at and below the paths, each once; no other HTML files."""
+    below = (page for path in paths for page in path.absolute().rglob("*.html"))
+    own = {page.resolve() for page in below if page.is_file() and not page.is_symlink()}
+    return sorted(page for page in own if is_page(page))
 
 
 def _at(path: Path) -> Iterator[Artefact]:

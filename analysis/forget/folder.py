@@ -55,15 +55,19 @@ class Folder(Artefact):
     def forget(self, ids: Set[str]) -> None:
         named = bool(self.names() & ids)
         if named:
-            self._remove_drawings()
+            self._remove_figures()
         if self._is_run():
             forget_scores(self.path, ids)
-        # What says whose the numbers are goes last: until then the same command finds all of the rest.
         last = self.path / SAMPLES
-        for file in sorted(self.files, key=lambda file: file.path == last):
-            if file.path == last and named:
-                self._draw()
-            file.forget(ids)
+        for file in self.files:
+            if file.path != last:
+                file.forget(ids)
+        if named:
+            self._draw()
+        # What says whose the numbers are goes last: until then the same command finds all of the rest.
+        for file in self.files:
+            if file.path == last:
+                file.forget(ids)
 
     def left(self, ids: Set[str]) -> Iterator[str]:
         for file in self.files:
@@ -75,18 +79,16 @@ class Folder(Artefact):
     def _is_run(self) -> bool:
         return (self.path / SAMPLES).is_file()
 
-    def _remove_drawings(self) -> None:
-        """Figures and reports show ids in ways that cannot be searched for."""
-        for page in sorted(self.path.glob("*.html")):
-            page.unlink()
-            log.info("%s is deleted, since it may show the samples: write it again.", page)
+    def _remove_figures(self) -> None:
+        """They show ids in ways that cannot be searched for."""
         for figure in sorted((self.path / PLOTS).glob("*")):
             figure.unlink()
 
     def _draw(self) -> None:
         if (self.path / DISTORTION).is_file():
             plot_distortion(self.path / DISTORTION, self.path / PLOTS / "distortion.png")
-        try:
-            plot_run(self.path)
-        except AnalysisError as error:
-            log.error("The figures are deleted and could not be drawn again: %s", error)
+        if self._is_run():
+            try:
+                plot_run(self.path)
+            except AnalysisError as error:
+                log.error("The figures are deleted and could not be drawn again: %s", error)

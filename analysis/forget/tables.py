@@ -33,7 +33,7 @@ class ParquetTable(NamingFile):
             raise AnalysisError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from error
 
     def _rewrite(self, ids: Set[str]) -> None:
-        kept = self._without(self.read(), ids)
+        kept = _decoded(self._without(self.read(), ids))
         replace(self.path, lambda partial: pq.write_table(kept, partial))
 
     def _names_in(self, table: pa.Table) -> set[str]:
@@ -42,7 +42,7 @@ class ParquetTable(NamingFile):
     def _without(self, table: pa.Table, ids: Set[str]) -> pa.Table:
         for column, own in _row_ids(table).items():
             gone = pa.array(sorted(own & ids), pa.string())
-            table = table.filter(pc.invert(pc.is_in(table[column], gone)))
+            table = table.filter(pc.invert(pc.is_in(table[column].cast(pa.string()), gone)))
         return table
 
 
@@ -60,11 +60,27 @@ class ColumnTable(ParquetTable):
 def _row_ids(table: pa.Table) -> dict[str, set[str]]:
     """The ids in each column that has some."""
     columns = [name for name in ("sample_id", "query", "val") if name in table.column_names]
-    texts = [name for name in columns if pa.types.is_string(table[name].type)]
+    texts = [name for name in columns if _is_text(table[name].type)]
     ids = {name: set(pc.unique(table[name]).to_pylist()) - {None} for name in texts}
     if "val" in ids:
         ids["val"] -= _domains(table)
     return ids
+
+
+def _decoded(table: pa.Table) -> pa.Table:
+    """The same with plain columns: the dictionary of an encoded one keeps values that no row has any more."""
+    plain = [
+        field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
+        for field in table.schema
+    ]
+    return table.cast(pa.schema(plain, table.schema.metadata))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Text, as any program writes it to Parquet."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string))
 
 
 def _column_ids(table: pa.Table) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from analysis.forget.verification import Finding
+from analysis.sources import PARENT
 from analysis.tracking_store import download, one_line, prepare_mlflow, sqlite_path, without_password
 from conf.errors import ConfigError
 
@@ -36,10 +37,13 @@ class TrackedRun:
     @contextmanager
     def artifacts(self) -> Iterator[Path]:
         """The run's artifacts: their own folder, or a copy of what a server has, for as long as the block."""
-        if self.local is not None:
+        if self.local is not None and self.local.is_dir():
             yield self.local
             return
         with TemporaryDirectory() as folder:
+            if self.local is not None:  # nothing was ever uploaded, as of a sweep's own run
+                yield Path(folder)
+                return
             yield download(self.uri, f"runs:/{self.run_id}/", Path(folder))
 
     @contextmanager
@@ -54,6 +58,19 @@ class TrackedRun:
             yield folder
             if self.local is None:
                 self._send_back(folder, before, _checksums(folder))
+
+    def children(self) -> list[str]:
+        """Ids of the runs that are shown under it: a sweep's, or those of `runners.retrain`."""
+        from mlflow import MlflowClient
+
+        client, found, token = MlflowClient(tracking_uri=self.uri), [], None
+        while True:
+            page = client.search_runs(
+                [self._run.info.experiment_id], f"tags.`{PARENT}` = '{self.run_id}'", page_token=token
+            )
+            found += [run.info.run_id for run in page]
+            if not (token := page.token):
+                return found
 
     def fields_left(self, ids: Set[str]) -> list[Finding]:
         """Parameters and tags that name the samples: MLflow cannot change a parameter of a run."""
@@ -94,6 +111,22 @@ class TrackedRun:
         for name in names:
             inside = Path(name).parent
             repository.log_artifact(str(folder / name), None if inside == Path() else inside.as_posix())
+
+
+def tracked_runs(run_ids: Sequence[str], uri: str) -> list[TrackedRun]:
+    """The runs in the store at a resolved address and all runs below them, finished or not, each once.
+
+    Raises:
+        ConfigError: There is no such store or run.
+    """
+    found: dict[str, TrackedRun] = {}
+    waiting = list(run_ids)
+    while waiting:
+        run_id = waiting.pop(0)
+        if run_id not in found:
+            found[run_id] = TrackedRun(run_id, uri)
+            waiting += found[run_id].children()
+    return list(found.values())
 
 
 def _found(run_id: str, uri: str) -> "Run":

@@ -48,6 +48,11 @@ def verify_gone(paths: Sequence[Path], ids: Set[str]) -> list[Finding]:
     return found
 
 
+def has_an_id(path: Path, ids: Set[str]) -> bool:
+    """Whether the bytes of one of the ids are in a file."""
+    return any(_ids_in(path, ids, set()))
+
+
 def _ids_in(path: Path, ids: Set[str], longer: Set[str]) -> Iterator[str]:
     if not path.stat().st_size:
         return
@@ -72,7 +77,8 @@ def _occurs(content: mmap.mmap, name: str, longer: Iterable[str], is_text: bool)
 
 
 def _spellings(name: str) -> set[bytes]:
-    return {form.encode() for form in (name, json.dumps(name)[1:-1], html.escape(name))}
+    in_yaml = name.replace("'", "''")
+    return {form.encode() for form in (name, in_yaml, json.dumps(name)[1:-1], html.escape(name))}
 
 
 def _sample_ids(artefacts: Iterable[Artefact]) -> set[str]:

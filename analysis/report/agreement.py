@@ -7,15 +7,16 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from analysis.aggregate.tables import Aggregate
 from analysis.errors import AnalysisError
 from analysis.report import comparison_figures as figures
-from analysis.report.folder import Aggregate
 from analysis.report.numbers import correlation, count, percent
 from analysis.report.page import Block, Column, Picture, Section, Table, Text
 from analysis.runs import Run
 
 _PAIRS = 20  # rows of a table
 _SHARED = 3  # samples that a scatter needs
+_ROUNDING = 1e-9  # of a sum, as a share of its terms
 
 Pair = tuple[str, str]
 
@@ -66,21 +67,28 @@ def _scatter(aggregate: Aggregate, pairs: dict[Pair, float | None]) -> list[Bloc
     value, (a, b) = known[(len(known) - 1) // 2]
     runs = aggregate.open_runs()
     try:
-        x, y = _shared_values(_run(runs, a), _run(runs, b))
+        x, y = _shared_values(*(_unchanged(aggregate, runs, name) for name in (a, b)))
     except AnalysisError as error:
         return [Text(f"The ranks of two runs are not drawn: {error}")]
     if x.size < _SHARED:
         return []
-    drawing = figures.rank_scatter((a, x), (b, y))
+    first, second = (_numbered(name, aggregate.names) for name in (a, b))
+    drawing = figures.rank_scatter((first, x), (second, y))
     note = (
         f"Spearman {correlation(value)}, the pair of median agreement" if len(known) > 1 else "the only pair"
     )
     return [Picture(figures.Drawing(drawing.figure, drawing.title, [*drawing.notes, note]))]
 
 
-def _run(runs: dict[str, Run], name: str) -> Run:
+def _unchanged(aggregate: Aggregate, runs: dict[str, Run], name: str) -> Run:
+    """The run, whose values are those that were aggregated."""
     if name not in runs:
         raise AnalysisError(f"the directory of run {name} is no longer there.")
+    values = runs[name].values["value"].to_numpy()
+    now = float(values[np.isfinite(values)].sum())
+    then = aggregate.runs["total"].to_pylist()[aggregate.names.index(name)]
+    if abs(now - then) > _ROUNDING * np.abs(values[np.isfinite(values)]).sum():
+        raise AnalysisError(f"run {name} has other values now, or only some steps were aggregated.")
     return runs[name]
 
 
@@ -102,8 +110,8 @@ def _pair_table(aggregate: Aggregate) -> Table:
     )
     rows = [
         (
-            row["run_a"],
-            row["run_b"],
+            _numbered(row["run_a"], aggregate.names),
+            _numbered(row["run_b"], aggregate.names),
             count(row["shared"]),
             correlation(row["spearman"]),
             correlation(row["kendall"]),
@@ -127,6 +135,11 @@ def _pair_table(aggregate: Aggregate) -> Table:
         else "Pairs of runs"
     )
     return Table(f"{shown}; median Spearman {correlation(_median(pairs))}", columns, rows)
+
+
+def _numbered(name: str, names: list[str]) -> str:
+    """A run by its number in the figures and its name, which may be a number too."""
+    return f"{names.index(name) + 1}: {name}"
 
 
 def _median(pairs: list[dict[str, float | None]]) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from analysis.report import write_comparison_report, write_run_report
 from analysis.report.texts import read_texts
@@ -16,7 +16,7 @@ from analysis.sources import open_runs
 from conf.command import Reported, run_command
 from conf.errors import ConfigError, UserError
 from conf.refuse import refuse
-from conf.schema import key, schema_node
+from conf.schema import TrackingStore, key, schema_node
 from ghost import GhostError
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,7 @@ class ReportConfig:
         "any"
     )
     texts: str | None = key("JSONL of sample_id and text: first words beside the ids (run); null: ids alone")
-    uri: str | None = key(
-        "MLflow server or store (run); null: mlflow.db in the folder the command is typed in"
-    )
+    tracking: TrackingStore = MISSING
     out: str = key("HTML file to write")
 
 

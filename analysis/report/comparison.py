@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from analysis.aggregate.tables import Aggregate, read_aggregate
 from analysis.errors import AnalysisError
 from analysis.report.agreement import agreement_section, pair_correlations
 from analysis.report.contrasts import COMPARISON_FILE, contrasts_section
-from analysis.report.folder import Aggregate
 from analysis.report.numbers import correlation, count, percent
 from analysis.report.page import KeyFigure, Page, Points, Section, Text, write_page
 from analysis.report.spread import (
@@ -36,21 +36,22 @@ def write_comparison_report(folder: Path, path: Path, comparison: Path | None = 
     Raises:
         AnalysisError: The folder holds no aggregate, or a table of it is damaged.
     """
-    aggregate = Aggregate(folder)
-    if comparison is None and aggregate.has(COMPARISON_FILE):
+    aggregate = read_aggregate(folder)
+    if comparison is None and (folder / COMPARISON_FILE).is_file():
         comparison = folder / COMPARISON_FILE
     return write_page(comparison_page(aggregate, comparison), path)
 
 
 def comparison_page(aggregate: Aggregate, comparison: Path | None) -> Page:
     """What the report of an aggregate holds."""
+    columns = aggregate.columns
     makers: list[Callable[[], Section]] = [
         *([lambda: contrasts_section(comparison)] if comparison is not None else []),
         lambda: runs_section(aggregate),
         lambda: agreement_section(aggregate),
         lambda: samples_section(aggregate),
         lambda: domains_section(aggregate),
-        *([lambda: columns_section(aggregate)] if aggregate.has("columns.parquet") else []),
+        *([lambda: columns_section(columns)] if columns is not None else []),
     ]
     sections = [make() for make in makers]
     try:

@@ -77,8 +77,8 @@ def rank_scatter(a: tuple[str, NDArray[np.float64]], b: tuple[str, NDArray[np.fl
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, linestyle=":")
     axes.set_aspect("equal")
     tidy(axes)
-    axes.set_xlabel(f"rank in {plain(shortened(a[0], 40))}", fontsize=9)
-    axes.set_ylabel(f"rank in {plain(shortened(b[0], 40))}", fontsize=9)
+    axes.set_xlabel(f"rank in run {plain(shortened(a[0], 40))}", fontsize=9)
+    axes.set_ylabel(f"rank in run {plain(shortened(b[0], 40))}", fontsize=9)
     note = f"{x.size} samples that both runs scored; 0 is the lowest value of a run, 1 its highest"
     return Drawing(figure, "Ranks in two runs", [note])
 
@@ -112,11 +112,15 @@ def sample_spread(rows: Sequence[Mapping[str, Any]], width: int = 44) -> Drawing
     figure = new_figure(7.2, 0.9 + 0.22 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        colour = styles[row["domain"]].colour
+        style = styles[row["domain"]]
         axes.plot(
-            [row["low"], row["high"]], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt"
+            [row["low"], row["high"]],
+            [place, place],
+            color=style.colour,
+            linewidth=1.6,
+            solid_capstyle="butt",
         )
-        axes.plot(row["value"], place, "o", color=colour, markersize=4.5)
+        axes.plot(row["value"], place, style.marker, color=style.colour, markersize=4.5)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [plain(shortened(row["sample_id"], width)) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -126,7 +130,7 @@ def sample_spread(rows: Sequence[Mapping[str, Any]], width: int = 44) -> Drawing
     axes.ticklabel_format(axis="x", scilimits=(-2, 3))
     axes.set_xlabel("value: fall in validation loss (nats)", fontsize=9)
     handles = [
-        axes.plot([], [], "o", color=style.colour, markersize=4.5, label=plain(name))[0]
+        axes.plot([], [], style.marker, color=style.colour, markersize=4.5, label=plain(name))[0]
         for name, style in styles.items()
     ]
     axes.legend(handles=handles, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -218,8 +222,8 @@ def all_losses(runs: Mapping[str, Run]) -> Drawing:
     return Drawing(figure, "Validation loss", [f"{len(runs)} runs"])
 
 
-def contrasts(found: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Ratios of steps with their intervals, on a logarithmic axis; those without a ratio are left out."""
+def contrasts(found: Sequence[Mapping[str, Any]], took: str) -> Drawing:
+    """Ratios with their intervals, on a logarithmic axis, of what the target loss took, such as steps."""
     figure = new_figure(6.8, 1.1 + 0.36 * len(found))
     axes = figure.subplots()
     for place, one in enumerate(found):
@@ -237,10 +241,9 @@ def contrasts(found: Sequence[Mapping[str, Any]]) -> Drawing:
     tidy(axes)
     axes.grid(visible=False, axis="y")
     _plain_ratios(axes)
-    axes.set_xlabel("ratio of steps to the target loss", fontsize=9)
-    return Drawing(
-        figure, "Steps to the target loss, against each other", ["left of 1: fewer steps; lines: intervals"]
-    )
+    axes.set_xlabel(f"ratio of {took} to the target loss", fontsize=9)
+    title = f"{took.capitalize()} to the target loss, against each other"
+    return Drawing(figure, title, [f"left of 1: fewer {took}; lines: intervals"])
 
 
 def _colour_bar(figure: Figure, image: QuadMesh, axes: Axes) -> Colorbar:

@@ -9,10 +9,7 @@ from typing import Any
 import yaml
 
 from analysis.errors import AnalysisError
-from analysis.runs import Run
-
-ENVIRONMENT_FILE = "environment.json"
-"""Code state, versions, device and MLflow run, which a run writes at its start."""
+from analysis.runs import ENVIRONMENT_FILE, Run
 
 
 class Kind(StrEnum):
@@ -127,12 +124,13 @@ def _data(config: Mapping[str, Any]) -> str | None:
     if kind is None:
         return None
     source = setting(config, "data.path") or setting(config, "data.name")
-    held_out = setting(config, "data.val_samples")
+    held_out, test = setting(config, "data.val_samples"), setting(config, "data.test_samples")
+    apart = f", {test} of them as a test set" if test else ""
     parts = [str(kind), *([str(source)] if source else [])]
     parts += [
         f"{key}={path}" for key in ("keep", "drop") if (path := setting(config, f"data.{key}")) is not None
     ]
-    return ", ".join(parts) + (f"; {held_out} samples held out" if held_out is not None else "")
+    return ", ".join(parts) + (f"; {held_out} samples held out{apart}" if held_out is not None else "")
 
 
 def _engine(config: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from analysis.report.numbers import percent, signed
 from analysis.report.page import Block, Command, Facts, Points, Section, Text
 from analysis.report.training import finite, scored_shares
 from analysis.report.values import ranked_values
-from analysis.runs import Run, score_note
+from analysis.runs import Run, has_sets, score_note
 
 _VERSION = "version."
 
@@ -85,10 +85,12 @@ def _credited(run: Run) -> list[str]:
         return []
     total = float(ranked_values(run).values.sum())
     fall = measured[0] - measured[-1]
+    sets = "Each validation set is an objective of its own, and values are of their sum. "
     return [
-        f"All values add up to {signed(total)} nats, while the fall in validation loss was {signed(fall)} "
-        "nats. Credit is of first order, and against the validation rows of each step. Compare values with "
-        "each other, not with the loss."
+        f"All values add up to {signed(total)} nats, while the fall in validation loss, the mean over all "
+        f"validation samples, was {signed(fall)} nats. {sets if has_sets(run.config) else ''}Credit is of "
+        "first order, and against the validation rows of each step. Compare values with each other, not with "
+        "the loss."
     ]
 
 
@@ -99,7 +101,8 @@ def _setting_limits(run: Run) -> list[str]:
     elif setting(run.config, "optimizer.momentum"):
         points.append("Momentum carries gradients into later steps; these are not credited.")
     held_out = setting(run.config, "data.val_samples")
-    against = f"{held_out} validation samples" if held_out is not None else "one validation set"
+    scored_with = None if held_out is None else held_out - (setting(run.config, "data.test_samples") or 0)
+    against = f"{scored_with} validation samples" if scored_with is not None else "one validation set"
     points.append(f"Values are against {against}. Others would give other values, and another order.")
     points.append(
         "This is one run with one seed. Gradients and learning rates shrink as training goes on, so a sample "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MINUS = "−"
 _NONE = "–"
+THIN_SPACE = "\N{NARROW NO-BREAK SPACE}"
 _DIGITS = 4  # of the largest number of a column
 _LEAST_DIGITS = 2  # of the smallest, else each number gets a power of ten of its own
 
@@ -77,7 +78,7 @@ def count(number: float | None) -> str:
     """A whole number with thousands set apart by thin spaces."""
     if number is None or not math.isfinite(number):
         return _NONE
-    return f"{number:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return f"{number:,.0f}".replace(",", THIN_SPACE)
 
 
 def correlation(value: float | None) -> str:

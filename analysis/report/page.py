@@ -14,6 +14,10 @@ from markupsafe import Markup
 from analysis.figures import Drawing, svg
 from ghost.atomic import written_beside
 
+GENERATOR = "ghostrunner"
+"""What a page names as its maker in its head, which tells it from pages of others."""
+_HEAD = 1024  # bytes that the line is within
+
 # ---------------------------------------------------------------- cells of tables
 
 
@@ -194,6 +198,12 @@ def write_page(page: Page, path: Path) -> Path:
     return path
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `write_page` wrote."""
+    with path.open("rb") as file:
+        return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(_HEAD)
+
+
 @cache
 def _templates() -> Environment:
     templates = Environment(
@@ -207,6 +217,7 @@ def _templates() -> Environment:
     style = resources.files("analysis.report").joinpath("page.css").read_text(encoding="utf-8")
     templates.globals["style"] = Markup(style)
     templates.globals["zip"] = zip
+    templates.globals["generator"] = GENERATOR
     templates.filters["sentence"] = _sentence
     templates.filters["svg"] = lambda drawing, name: Markup(svg(drawing, name))
     return templates

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from analysis.errors import AnalysisError
-from analysis.plots import VAL_LOSS
+from analysis.plots import TEST_LOSS, VAL_LOSS
 from analysis.report import facts, meaning, projection, training, values
 from analysis.report.columns import columns_section, is_resolved
 from analysis.report.facts import Kind, kind_of, setting
@@ -148,11 +148,11 @@ def _values_figures(run: Run) -> list[KeyFigure]:
 
 
 def _loss_figures(run: Run) -> list[KeyFigure]:
-    losses, steps = training.finite(run, VAL_LOSS), [row["step"] for row in run.metrics]
-    figures = [KeyFigure("Steps", count(max(steps, default=0)))]
-    if losses:
-        fall = _change(losses[0], losses[-1]) if len(losses) > 1 else "nats, one evaluation"
-        figures.append(KeyFigure("Validation loss", f"{loss(losses[0])} → {loss(losses[-1])}", fall))
+    figures = [KeyFigure("Steps", count(max((row["step"] for row in run.metrics), default=0)))]
+    for name, label in ((VAL_LOSS, "Validation loss"), (TEST_LOSS, "Test loss")):
+        if losses := training.finite(run, name):
+            fall = _change(losses[0], losses[-1]) if len(losses) > 1 else "nats, one evaluation"
+            figures.append(KeyFigure(label, f"{loss(losses[0])} → {loss(losses[-1])}", fall))
     return figures
 
 
@@ -175,13 +175,15 @@ def _coverage_figures(run: Run) -> list[KeyFigure]:
 def _cost_figures(run: Run) -> list[KeyFigure]:
     overhead = training.finite(run, training.OVERHEAD)
     return (
-        [KeyFigure("Cost of scoring", percent(overhead[-1]), "of a plain step, median")] if overhead else []
+        [KeyFigure("Cost of scoring", percent(overhead[-1]), "more time than a plain step, median")]
+        if overhead
+        else []
     )
 
 
 def _evaluation_figures(run: Run) -> list[KeyFigure]:
-    losses = training.finite(run, VAL_LOSS)
-    return [KeyFigure("Validation loss", loss(losses[-1]), "nats")] if losses else []
+    found = {"Validation loss": training.finite(run, VAL_LOSS), "Test loss": training.finite(run, TEST_LOSS)}
+    return [KeyFigure(label, loss(losses[-1]), "nats") for label, losses in found.items() if losses]
 
 
 def _store_figures(run: Run) -> list[KeyFigure]:

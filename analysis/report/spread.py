@@ -1,13 +1,14 @@
 """The sections on what varies from run to run: the runs, samples, domains, parts and losses."""
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from analysis.aggregate.tables import Aggregate
 from analysis.errors import AnalysisError
 from analysis.plots import VAL_LOSS
 from analysis.report import comparison_figures as figures
-from analysis.report.folder import Aggregate
 from analysis.report.numbers import Scale, count, loss, percent
 from analysis.report.page import Block, Column, Picture, Sample, Section, Table, Text, signed_bars
 from analysis.report.training import finite
@@ -98,7 +99,7 @@ def _sample_table(caption: str, found: list[dict]) -> Table:
         Column("Runs"),
         Column("Domain", "text"),
     ]
-    return Table(f"{caption}; a rank of 100 % is a run's highest value", columns, rows)
+    return Table(f"{caption}; rank: the share of a run's samples that are lower", columns, rows)
 
 
 def domains_section(aggregate: Aggregate) -> Section:
@@ -141,9 +142,8 @@ def domains_section(aggregate: Aggregate) -> Section:
     return Section("Domains", blocks)
 
 
-def columns_section(aggregate: Aggregate) -> Section:
-    """What each part of the scores adds up to, the mean over runs."""
-    table = aggregate.columns
+def columns_section(table: pa.Table) -> Section:
+    """What each part of the scores adds up to, the mean over runs, from `Aggregate.columns`."""
     by_run = table.group_by(["run", "part", "val"]).aggregate([("total", "sum")])
     found = by_run.group_by(["part", "val"]).aggregate([("total_sum", "mean"), ("total_sum", "count")])
     rows = sorted(found.to_pylist(), key=lambda row: -abs(row["total_sum_mean"]))

@@ -24,8 +24,8 @@ from rich.text import Text
 from analysis.errors import AnalysisError
 from analysis.lists import ENDINGS, write_list
 from analysis.select.rules import RuleConfig, Side, check_rule, described
-from analysis.select.selection import Parted, list_of, select
-from analysis.sources import open_runs
+from analysis.select.selection import METADATA, Parted, list_of, select
+from analysis.sources import open_runs, refuse_idle_store
 from conf.command import Reported, run_command
 from conf.errors import ConfigError, UserError, first_line
 from conf.refuse import refuse
@@ -78,6 +78,20 @@ def check_select(cfg: DictConfig) -> None:
         refuse(cfg, "write", "has no effect without out=FILE: give it one")
     if cfg.out is not None and Path(cfg.out).suffix not in ENDINGS:
         refuse(cfg, "out", f"ends in none of {', '.join(ENDINGS)}: give it one of these endings")
+    if cfg.out is not None:
+        for path in targets(Path(cfg.out), Written(cfg.write)).values():
+            if path.is_dir() or _is_other_table(path):
+                refuse(cfg, "out", f"would replace {path}, which is no list of this command: name a new file")
+
+
+def _is_other_table(path: Path) -> bool:
+    """Whether a Parquet file is there that this command did not write, such as a run's own."""
+    if path.suffix != ".parquet" or not path.is_file():
+        return False
+    try:
+        return METADATA not in (pq.read_schema(path).metadata or {})
+    except pa.ArrowException:
+        return True
 
 
 def targets(out: Path, written: Written) -> dict[Side, Path]:
@@ -91,6 +105,7 @@ def targets(out: Path, written: Written) -> dict[Side, Path]:
 def opened_values(name: str, uri: str | None, cwd: Path) -> Iterator[Path]:
     """The path of the table of values that a name stands for; what is downloaded is removed at the end."""
     path = cwd / name
+    refuse_idle_store(uri, [path])
     if path.is_file():
         yield path
     elif path.is_dir():
@@ -165,7 +180,7 @@ def outcome(parted: Parted, rule: str) -> Table:
     """How many samples of each domain go where, and the sums of their values."""
     table = Table(title=f"Samples by {rule}", title_justify="left")
     table.add_column("domain", overflow="fold")
-    for heading in ("kept", "dropped", "without value", "value kept", "value dropped"):
+    for heading in ("kept", "dropped", "without value", "sum of kept", "sum of dropped"):
         table.add_column(heading, justify="right", no_wrap=True)
     domains = parted.table["domain"].to_numpy()
     value = parted.table["value"].to_numpy().astype(np.float64)

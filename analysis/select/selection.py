@@ -91,23 +91,35 @@ def list_of(parted: Parted, side: Side, rule: DictConfig, source: str) -> pa.Tab
     return parted.part(side).replace_schema_metadata({METADATA: json.dumps(record).encode()})
 
 
-def matched_random(samples: pa.Table, dropped: pa.Table, seed: Sequence[int]) -> pa.Table:
-    """As many samples of each domain as `dropped` has, drawn from all: the control that a choice by value has
-    to beat.
+def random_samples(samples: pa.Table, dropped: pa.Table, seed: Sequence[int]) -> pa.Table:
+    """As many samples as `dropped` has, drawn from all, so that some may be in `dropped` too: the control
+    that a choice by value has to beat.
 
     Args:
         samples: All samples: `sample_id`, `domain` and any others.
         dropped: Some of them.
         seed: Whole numbers that the draw depends on, beside the ids.
     """
+    chosen = np.random.default_rng(list(seed)).choice(_by_id(samples), len(dropped), replace=False)
+    return samples.take(pa.array(np.sort(chosen)))
+
+
+def random_samples_per_domain(samples: pa.Table, dropped: pa.Table, seed: Sequence[int]) -> pa.Table:
+    """As many samples of each domain as `dropped` has, drawn from the domain: the control that tells a choice
+    of samples from one of domains. Arguments as of `random_samples`.
+    """
     generator = np.random.default_rng(list(seed))
-    ids, domains = samples["sample_id"].to_numpy(), samples["domain"].to_numpy()
-    order = np.argsort(ids.astype(str), kind="stable")
+    order, domains = _by_id(samples), samples["domain"].to_numpy()
     chosen = []
     for domain, number in sorted(Counter(dropped["domain"].to_pylist()).items()):
         own = order[domains[order] == domain]
         chosen += generator.choice(own, number, replace=False).tolist()
     return samples.take(pa.array(sorted(chosen), pa.int64()))
+
+
+def _by_id(samples: pa.Table) -> NDArray[np.int64]:
+    """The rows in the order of their ids, so that a draw does not depend on the table's order."""
+    return np.argsort(samples["sample_id"].to_numpy().astype(str), kind="stable")
 
 
 # ---------------------------------------------------------------- the rules

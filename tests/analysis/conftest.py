@@ -30,10 +30,13 @@ def make_run(tmp_path: Path) -> MakeRun:
         constant: float | None = None,
         heavy: bool = False,
         groups: int | None = None,
+        parts: Sequence[str] = ("total",),
         seed: int = 0,
     ) -> Path:
         run = tmp_path / name
         (run / "scores").mkdir(parents=True)
+        if len(parts) > 1:
+            groups = len(parts)
         (run / "config.yaml").write_text(CONFIG.replace("seed: 0", f"seed: {seed}"))
         rng = np.random.default_rng(0)
         codes = rng.integers(0, len(domains), samples)  # of the samples, whatever the seed
@@ -72,7 +75,10 @@ def make_run(tmp_path: Path) -> MakeRun:
                 merged = {key: torch.cat([shard[key] for shard in part]) for key in part[0]}
                 torch.save(merged, run / "scores" / f"shard-{number:05d}.pt")
                 if groups is not None:
-                    columns = [{"part": "total", "lr_group": group, "val": ""} for group in range(groups)]
+                    columns = [
+                        {"part": parts[group % len(parts)], "lr_group": group // len(parts), "val": ""}
+                        for group in range(groups)
+                    ]
                     (run / "scores" / f"shard-{number:05d}.json").write_text(json.dumps(columns))
         if steps == 1:  # a run that short writes one shard
             (run / "scores" / "shard-00001.pt").rename(run / "scores" / "shard-00000.pt")
@@ -103,7 +109,8 @@ def make_aggregate(make_run: MakeRun, tmp_path: Path) -> MakeAggregate:
     """The folder of an aggregate of so many runs, which differ by their seeds."""
 
     def make(runs: int = 3, columns: bool = False, **shape: object) -> Path:
-        made = [make_run(f"seed{seed}", seed=seed, **shape) for seed in range(runs)]
-        return build_aggregate(tmp_path / "aggregate", made, columns)
+        parts = ("attn", "mlp") if columns else ("total",)
+        made = [make_run(f"seed{seed}", seed=seed, parts=parts, **shape) for seed in range(runs)]
+        return build_aggregate(tmp_path / "aggregate", made)
 
     return make

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from analysis.errors import AnalysisError
-from analysis.runs import load_run, score_note
+from analysis.runs import credit_note, load_run, score_note
 
 MakeRun = Callable[..., Path]
 
@@ -75,6 +75,14 @@ def test_missing_and_damaged_files_are_named(make_run: MakeRun, name: str, read:
     file.unlink()
     with pytest.raises(AnalysisError, match=f"{name} is missing"):
         getattr(load_run(path), read)
+
+
+def test_a_run_that_scored_nothing_says_so(make_run: MakeRun) -> None:
+    path = make_run()
+    (path / "values.parquet").unlink()
+    (path / "config.yaml").write_text("engine: {name: regular}\n")
+    with pytest.raises(AnalysisError, match="has no values, since engine=regular gives none"):
+        load_run(path).values  # noqa: B018 -- read for its error
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n", "\x00"])
@@ -158,3 +166,10 @@ def test_errors_are_one_line(make_run: MakeRun, caplog: pytest.LogCaptureFixture
 )
 def test_score_note_says_what_the_values_are(optimizer: dict, words: str) -> None:
     assert words in score_note({"optimizer": optimizer})
+
+
+def test_values_against_several_sets_are_of_their_sum() -> None:
+    config = {"optimizer": {"name": "sgd"}, "engine": {"val_sets": "domain"}}
+    assert score_note(config).endswith("the loss is the sum of all validation sets'")
+    assert "sum" not in credit_note(config)
+    assert "sum" not in score_note(config | {"engine": {"val_sets": "one"}})

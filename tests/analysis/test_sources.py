@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ from mlflow.tracking import MlflowClient
 
 from analysis.errors import AnalysisError
 from analysis.sources import open_runs
+from conf.errors import ConfigError
 from tests.analysis.conftest import MakeRun
 
 
@@ -90,8 +92,48 @@ def test_a_run_that_was_not_uploaded_is_read_where_it_is(
     with pytest.raises(AnalysisError, match=r"tracking\.upload=true"), open_runs([run_id], None, tmp_path):
         pass
     client.log_param(run_id, "output_dir", str(directory))
+    (directory / "environment.json").write_text(json.dumps({"mlflow.run_id": run_id}))
     with open_runs([run_id], None, tmp_path) as (run,):
         assert run.directory == directory
+
+
+@pytest.mark.parametrize("left", ["{}", '{"mlflow.run_id": "another"}', "{", None])
+def test_the_files_of_another_run_are_not_taken_for_its_own(
+    make_run: MakeRun, tmp_path: Path, client: MlflowClient, left: str | None
+) -> None:
+    directory = make_run()
+    if left is not None:
+        (directory / "environment.json").write_text(left)
+    run_id = tracked(client, None, "overwritten")
+    client.log_param(run_id, "output_dir", str(directory))
+    with pytest.raises(AnalysisError, match=r"tracking\.upload=true"), open_runs([run_id], None, tmp_path):
+        pass
+
+
+def test_a_run_without_a_directory_is_not_read_where_the_command_is_typed(
+    make_run: MakeRun, tmp_path: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_run())
+    run_id = tracked(client, None, "a sweep whose jobs failed")
+    with pytest.raises(AnalysisError, match=r"tracking\.upload=true"), open_runs([run_id], None, tmp_path):
+        pass
+
+
+def test_children_that_did_not_finish_are_left_out_and_counted(
+    make_run: MakeRun, tmp_path: Path, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = make_run()
+    parent, none_yet = tracked(client, None, "sweep"), tracked(client, None, "another")
+    statuses = ["RUNNING", "FINISHED", "FAILED", "KILLED", "FINISHED"]
+    children = [tracked(client, directory, status, status, parent) for status in statuses]
+    with open_runs([parent], None, tmp_path) as runs:
+        assert [run.run_id for run in runs] == [children[1], children[4]]
+    assert f"3 of 5 runs of run {parent} have not finished, or failed: they are left out." in caplog.messages
+    tracked(client, directory, "still at it", "RUNNING", none_yet)
+    with pytest.raises(AnalysisError, match="has no finished run"), open_runs([none_yet], None, tmp_path):
+        pass
+    with open_runs([children[2]], None, tmp_path) as runs:  # one that is named itself is taken as it is
+        assert [run.run_id for run in runs] == [children[2]]
 
 
 def test_names_that_are_nothing_are_one_sentence(
@@ -111,3 +153,17 @@ def test_names_that_are_nothing_are_one_sentence(
     with pytest.raises(AnalysisError, match=r"no tracking store .*mlflow.db"), nowhere:
         pass
     assert not (tmp_path / "empty" / "mlflow.db").exists()
+
+
+def test_what_hydra_keeps_is_no_run(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    (run.parent / ".hydra").mkdir()
+    shutil.copy(run / "config.yaml", run.parent / ".hydra")
+    with open_runs([str(run.parent)], None, tmp_path) as runs:
+        assert [one.directory for one in runs] == [run]
+
+
+def test_a_store_that_nothing_is_looked_for_in_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    said = r"tracking\.uri=sqlite:///m\.db has no effect, since .* is on this machine"
+    with pytest.raises(ConfigError, match=said), open_runs([str(make_run())], "sqlite:///m.db", tmp_path):
+        pass

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ghost.scores import save_atomically
-from ghost.values import accumulate, read_shards, row_values
+from ghost.scores import Column, ScoreLog, save_atomically
+from ghost.values import accumulate, accumulate_columns, read_shards, row_values
 
 
 def shard(sample: list[int], score: list[float], lr: float = 0.1, clip: float = 1.0) -> dict[str, Tensor]:
@@ -95,3 +95,25 @@ def test_shards_are_read_in_order_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / ".shard-00002.pt.partial").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("x")
     assert [int(part["step"]) for part in read_shards(tmp_path)] == [0, 1, 10]
+
+
+def test_columns_are_of_the_rows_that_values_are_of(tmp_path: Path) -> None:
+    """A row with one infinite column counts in none; one of a step that was not taken counts as zero."""
+    log, columns = ScoreLog(tmp_path), [Column("attn", 0, ""), Column("mlp", 0, "")]
+    inf = float("inf")
+    one = torch.ones(())
+    rows = [
+        (torch.tensor([[1.0, 2.0], [4.0, inf]]), one),
+        (torch.tensor([[inf, 1.0], [0.5, -0.25]]), one * 0),
+        (torch.tensor([[8.0, 1.0], [0.5, -0.25]]), one),
+    ]
+    for step, (score, clip) in enumerate(rows):
+        log.append(step, torch.tensor([step, 3]), score, torch.tensor([0.1, 0.1]), clip, columns)
+    log.flush()
+    whole, parts = accumulate(read_shards(tmp_path)), accumulate_columns(tmp_path)
+    for found in parts.values():
+        assert found.sample.tolist() == whole.sample.tolist() == [0, 1, 2, 3]
+        assert found.times_seen.tolist() == whole.times_seen.tolist() == [1, 1, 1, 2]
+    total = sum(found.value for found in parts.values())
+    assert total.tolist() == pytest.approx(whole.value.tolist())
+    assert whole.value.tolist() == pytest.approx([0.3, 0, 0.9, 0.025])

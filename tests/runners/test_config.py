@@ -99,6 +99,8 @@ def test_experiments_set_what_they_say() -> None:
     planted = composed("experiment=planted")
     assert planted.data.shuffled_domain == "docs"
     assert planted.model.name == "gpt2-tiny"
+    guide = composed("experiment=guide")
+    assert (guide.data.tokenizer, guide.model.config.vocab_size) == ("bytes", None)
     digits = composed("experiment=digits", "debug=short")
     assert (digits.model.kind, digits.optimizer.name, digits.trainer.max_steps) == ("mlp", "sgd", 3)
 
@@ -176,6 +178,7 @@ REFUSED = {
     "data=digit_questions data.image_size=30": ["data.image_size=30", "data.patch_size=8"],
     "model.config.n_embd=100": ["model.config.n_embd=100", "model.config.n_head=12"],
     "model.config.attn_pdrop=1.5": ["model.config.attn_pdrop=1.5"],
+    "data.keep=nowhere.txt": ["data.keep=nowhere.txt is no file"],
     "model.config.n_layr=3": ["model.config.n_layr is no key of GPT2Config", "model.config.n_layer?"],
     "engine.bitwise=true": ["engine.bitwise=true", "engine.val_mode=separate"],
     "engine.val_every=2": ["engine.val_every=2", "engine.val_mode=separate"],

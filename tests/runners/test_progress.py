@@ -54,7 +54,8 @@ def test_no_terminal_means_ten_log_lines(caplog: pytest.LogCaptureFixture, clock
             line.update(step, 2.0, 3.25 if step == 8 else None, 0.041 if step == 8 else None, 3_100_000_000)
     assert len(caplog.messages) == 10
     # The first two steps took 100 s and are not in the rate.
-    assert caplog.messages[0] == "step 10/100  2.0 steps/s  ETA 0:45  loss 2.000  val 3.250  +4 %  3.1 GB"
+    timing = "step 10/100  2.0 steps/s  ETA 0:45"
+    assert caplog.messages[0] == f"{timing}  loss 2.000  val 3.250  scoring +4 %  3.1 GB"
     assert caplog.messages[-1].startswith("step 100/100  2.0 steps/s  ETA 0:00")
     assert stream.getvalue() == ""
 
@@ -93,7 +94,7 @@ def test_terminal_shows_one_line(terminal: Terminal, clock: list[float]) -> None
     screen = [text for text in terminal.screen() if text]
     assert len(screen) == 1
     assert screen[0].startswith("24/24 ━")
-    assert screen[0].endswith("7.0 s/step  ETA 0:00 loss 10.123  val 9.876  +4 %  3.1 GB")
+    assert screen[0].endswith("7.0 s/step  ETA 0:00 loss 10.123  val 9.876  scoring +4 %  3.1 GB")
     assert len(screen[0]) <= 80
 
 

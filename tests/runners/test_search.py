@@ -271,6 +271,7 @@ REFUSED = {
     ("data=interpreter", "data.seq_len=512"): ["data.seq_len=512", "n_positions=256"],
     ("model.path=/nowhere",): ["model.path=/nowhere"],
     ("store=texts.jsonl",): ["texts.jsonl"],
+    ("store=made",): ["store=made is the directory of its run: type store=made/projections"],
     ("query.column=mlp",): ["query.column=mlp has no effect with store=", "query.column=[]", "run=DIR"],
     ("tracking.uri=sqlite:///a.db",): ["tracking.uri=sqlite:///a.db has no effect"],
     ("run=made",): ["store=made/projections and run=made are both searched"],

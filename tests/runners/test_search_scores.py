@@ -10,10 +10,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 
-from conf.command import MISTAKE
+from analysis.runs import Run
+from conf.command import CONF_DIR, MISTAKE
+from conf.errors import ConfigError
 from runners import search
+from runners.data import build_data
+from runners.data.loader import write_samples
+from runners.search_scores import refuse_other_samples
 from tests.runners.conftest import Line
 from tests.runners.test_search import ROOT, TEXTS
 
@@ -247,3 +253,16 @@ def test_a_damaged_table_is_named(
     )
     assert command("run=wide", "query.column=mlp") == MISTAKE
     assert "lacks 'x', which has a value" in capsys.readouterr().err.splitlines()[-1], name
+
+
+def test_the_samples_of_a_test_set_are_the_runs_too(tmp_path: Path) -> None:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        made = compose("config", ["experiment=digits", "data.val_samples=40", "data.test_samples=10"])
+        asked = compose("search", ["run=made"])
+    data = build_data(made.data)
+    assert data.test is not None
+    write_samples({"train": data.train, "val": data.val, "test": data.test}, tmp_path / "samples.parquet")
+    refuse_other_samples(asked, Run(tmp_path, "made"), data)
+    made.data.test_samples = 9
+    with pytest.raises(ConfigError, match="have changed since"):
+        refuse_other_samples(asked, Run(tmp_path, "made"), build_data(made.data))

@@ -20,20 +20,30 @@ TITLES = [
     "Runs", "How far runs agree", "Samples that stand out", "Domains", "Losses", "What the numbers mean",
     "What this does not say",
 ]  # fmt: skip
+HELD_OUT = {"final_loss": {"difference": -0.25, "low": -0.5, "high": -0.125},
+            "best_loss": {"difference": 0.0625, "low": None, "high": None}}  # fmt: skip
 COMPARISON: dict[str, Any] = {
+    "metric": "test/loss",
     "target_loss": 4.5,
+    "target_rule": "the largest of the best losses of everything's runs",
+    "unit": "steps",
+    "confidence": 0.95,
     "groups": [
         {"name": "everything", "runs": [
-            {"run": "a0", "seed": 0, "steps_to_target": 40, "final_loss": 4.25},
-            {"run": "a1", "seed": 1, "steps_to_target": None, "final_loss": 4.75}]},
-        {"name": "<i>kept</i>", "runs": [{"run": "b0", "seed": 0, "steps_to_target": 30, "final_loss": 4.0}]},
+            {"run": "a0", "seed": 0, "steps_to_target": 1040.26, "last_step": 1200, "final_loss": 4.25},
+            {"run": "a1", "seed": 1, "steps_to_target": None, "last_step": 1200, "final_loss": 4.75}]},
+        {"name": "<i>kept</i>", "runs": [
+            {"run": "b0", "seed": 0, "steps_to_target": 30, "last_step": 1200, "final_loss": 4.0}]},
     ],
     "contrasts": [
         {"group": "<i>kept</i>", "against": "everything", "ratio": 0.75, "low": 0.5, "high": 0.875,
-         "pairs": 1, "note": "one seed"},
+         "at_least": None, "at_most": None, "pairs": 1, "reading": "kept is clearly better",
+         "note": "one seed"} | HELD_OUT,
         {"group": "none", "against": "everything", "ratio": None, "low": None, "high": None, "pairs": 0,
-         "note": "never reached"},
+         "at_least": 1.375, "at_most": None, "reading": "none is not known",
+         "note": "never reached"} | HELD_OUT,
     ],
+    "notes": ["the runs also differ in trainer.warmup_steps"],
 }  # fmt: skip
 
 
@@ -46,7 +56,7 @@ def test_a_whole_aggregate_has_every_section(make_aggregate: MakeAggregate) -> N
     found = report(folder)
     assert found.titles == TITLES
     assert "3 runs beside each other" in found.text
-    values = pq.read_table(folder / "values.parquet").to_pylist()
+    values = pq.read_table(folder / "values.parquet").sort_by("rank").to_pylist()
     assert all(row["sample_id"] in found.text for row in [*values[:12], *values[-12:]])
     assert f"{1e3 * values[0]['value']:+.3f}" in found.text
     assert f"{1e3 * values[0]['std']:.3f}" in found.text
@@ -86,6 +96,16 @@ def test_runs_whose_directories_are_gone_leave_their_tables(make_aggregate: Make
     assert "no longer there" in found.text
 
 
+def test_ranks_are_of_the_values_that_were_aggregated(make_aggregate: MakeAggregate) -> None:
+    folder = make_aggregate(runs=2)
+    assert "not drawn" not in report(folder).text
+    run = Path(pq.read_table(folder / "runs.parquet")["directory"][1].as_py())
+    values = pq.read_table(run / "values.parquet")
+    pq.write_table(values[1:], run / "values.parquet")
+    said = "The ranks of two runs are not drawn: run seed1 has other values now"
+    assert said in report(folder).text
+
+
 def test_one_run_without_losses_is_counted(make_aggregate: MakeAggregate) -> None:
     folder = make_aggregate(runs=3)
     (Path(pq.read_table(folder / "runs.parquet").to_pylist()[0]["directory"]) / "metrics.jsonl").unlink()
@@ -98,9 +118,18 @@ def test_groups_are_shown_where_they_were_compared(make_aggregate: MakeAggregate
     found = report(folder)
     assert found.titles[0] == "Groups of runs"
     for said in (
-        "0.750",
-        "0.500 to 0.875",
-        "not reached",
+        "steps that their runs take to a test loss of 4.5000 nats",
+        "the largest of the best losses of everything's runs",
+        "0.75",
+        "0.5 to 0.875",
+        "> 1.38",
+        "−0.2500",
+        "−0.5000 to −0.1250",
+        "+0.0625",
+        "Kept is clearly better.",
+        "The runs also differ in trainer.warmup_steps.",
+        "1 040.3",
+        "not in 1 200",
         "never reached",
         "<i>kept</i>",
         "4.5000",
@@ -108,6 +137,16 @@ def test_groups_are_shown_where_they_were_compared(make_aggregate: MakeAggregate
     ):
         assert said in found.text, said
     assert "i" not in {tag for tag, _ in found.headings}
+
+
+def test_groups_of_other_batches_are_compared_by_samples(make_aggregate: MakeAggregate) -> None:
+    folder = make_aggregate(runs=2)
+    changed = COMPARISON | {"unit": "samples", "metric": "val/loss"}
+    (folder / "comparison.json").write_text(json.dumps(changed))
+    text = report(folder).text
+    assert "training samples that their runs take to a validation loss of" in text
+    assert "Ratio of the training samples to the target loss" in text
+    assert "Training samples to the target loss, against each other" in text
 
 
 def test_a_comparison_elsewhere_can_be_named(make_aggregate: MakeAggregate, tmp_path: Path) -> None:
@@ -125,7 +164,7 @@ def test_a_damaged_comparison_is_named(make_aggregate: MakeAggregate, content: s
 
 
 def test_a_folder_without_an_aggregate_is_named(tmp_path: Path) -> None:
-    with pytest.raises(AnalysisError, match=r"runs\.parquet is missing"):
+    with pytest.raises(AnalysisError, match="holds no aggregate"):
         write_comparison_report(tmp_path, tmp_path / "report.html")
 
 

@@ -145,6 +145,22 @@ def test_a_whole_run_has_every_section_and_lacks_nothing(run: Path) -> None:
     assert "step 12 of" not in found.text
 
 
+def test_a_test_set_is_told_from_what_values_are_against(run: Path) -> None:
+    configure(
+        run, data__kind="interpreter", data__val_samples=30, data__test_samples=12, engine__val_sets="domain"
+    )
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, number in ((0, 3.5), (12, 3.25)):
+            file.write(json.dumps({"step": step, "time": 0.0, "test/loss": number}) + "\n")
+    found = report(run).text
+    for said in (
+        "30 samples held out, 12 of them as a test set", "Values are against 18 validation samples",
+        "Test loss 3.5000 → 3.2500", "Training, validation and test loss",
+        "Each validation set is an objective of its own, and values are of their sum.",
+    ):  # fmt: skip
+        assert said in found, said
+
+
 def test_the_numbers_are_the_runs(run: Path) -> None:
     values = pq.read_table(run / "values.parquet").to_pylist()
     found = report(run).text

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from analysis.compare import command as command
-from analysis.compare.comparison import SEEN_BY_SCORES, Comparison, compare
-from analysis.compare.contrasts import difference
+from analysis.compare.comparison import SEEN_BY_SCORES, Comparison, Contrast, compare, reading
+from analysis.compare.contrasts import Estimate, difference
 from analysis.compare.outcomes import steps_to
 from analysis.errors import AnalysisError
 from analysis.runs import Run, load_run
@@ -168,8 +168,8 @@ def test_a_run_that_never_got_there_bounds_the_ratio_and_is_not_made_up(censored
     (one,) = censored.contrasts
     assert (one.ratio, one.at_most, one.censored) == (None, None, 1)
     assert one.at_least == pytest.approx(2)  # the geometric mean of 25/25 and more than 100/25
-    assert one.note == "1 of 4 runs never reach the target: no ratio, only its bound"
-    assert "1 of 2 runs of less never reach 0.5 in their 100 steps" in censored.notes
+    assert one.note == "1 of 4 runs never reaches the target: no ratio, only its bound"
+    assert "1 of 2 runs of less never reaches 0.5 in their 100 steps" in censored.notes
     assert [run["steps_to_target"] for run in censored.as_dict()["groups"][1]["runs"]] == [25, None]
     assert command.ratio_text(one) == "× > 2"
 
@@ -180,6 +180,8 @@ def test_the_bound_is_from_above_where_the_other_group_never_got_there(make: Mak
     assert (above.ratio, above.at_least, above.at_most) == (None, None, pytest.approx(0.25))
     assert (neither.ratio, neither.at_least, neither.at_most, neither.censored) == (None, None, None, 2)
     assert command.ratio_text(neither) == "–"
+    assert above.note.endswith("no ratio, only its bound")
+    assert neither.note.endswith("2 of 2 runs never reach the target: no ratio")
 
 
 def test_a_run_that_starts_at_the_target_has_no_ratio(make: MakeCurve) -> None:
@@ -250,7 +252,10 @@ def test_the_command_prints_and_writes(
     printed = capsys.readouterr().out
     assert "test/loss: target 0.5, given" in printed
     assert "less against full" in printed
+    clear = "less against full: fewer steps to the target; a lower final loss"
+    assert f"{clear}.\nClear: the 95 % interval" in printed
     found = json.loads((tmp_path / "made" / "comparison.json").read_text())
+    assert found["contrasts"][0]["reading"] == clear
     assert found["contrasts"][0]["ratio"] == pytest.approx(math.sqrt(25 / 50 * 26 / 51))
     assert [one["run"] for one in found["groups"][0]["runs"]] == [Path(name).name for name in full]
 
@@ -260,7 +265,6 @@ def test_the_command_prints_and_writes(
     [
         ([], "baseline has no value"),
         (["groups.full=[A]", "baseline=full"], "groups has 1 of the two or more groups"),
-        (["groups.full=[A]", "groups.less=B", "baseline=full"], "less is not a list"),
         (["groups.full=[A]", "groups.less=[]", "baseline=full"], "groups.less=[] must name one or more runs"),
         (
             ["groups.full=[A]", "groups.less=[B]", "baseline=all"],
@@ -281,6 +285,27 @@ def test_the_command_refuses_what_cannot_work(
 ) -> None:
     assert in_process(command.main, *arguments) == 2
     assert said in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "final", "said"),
+    [
+        (Estimate(0.5, 0.4, 0.6), Estimate(0.1, 0.05, 0.2), "fewer steps to the target; a higher final loss"),
+        (Estimate(2, 1.5, 3), Estimate(0.1, -0.1, 0.2), "more steps to the target; no clear difference in"),
+        (None, Estimate(-0.1, None, None), "steps to the target without an interval; final loss without"),
+    ],
+)
+def test_a_contrast_in_words(ratio: Estimate | None, final: Estimate, said: str) -> None:
+    one = Contrast("a", "b", ratio, None, None, final, final, 2, 0, "")
+    assert reading(one, "steps").startswith(f"a against b: {said}")
+
+
+def test_a_group_of_one_run_is_typed_without_brackets(
+    make: MakeCurve, in_process: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (make(line(50 + seed), seed).directory for seed in (0, 1))
+    assert in_process(command.main, f"groups.a={one}", f"groups.b={other}", "baseline=a") == 0
+    assert "b against a: steps to the target without an interval" in capsys.readouterr().out
 
 
 def test_a_run_in_two_groups_is_refused(

@@ -57,20 +57,43 @@ def test_folders_with_other_files_are_refused(tmp_path: Path) -> None:
         write_aggregate({}, run / "config.yaml" / "below")
 
 
+def test_a_report_and_a_comparison_may_stand_beside_the_tables(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = {name: [table] for name, table in tables_of(write_run(tmp_path / "run")).items()}
+    folder = tmp_path / "aggregate"
+    write_aggregate(tables, folder)
+    for name in ("report.html", "comparison.json"):
+        (folder / name).write_text("")
+    write_aggregate(tables, folder)
+    assert [line for line in caplog.messages if line.endswith("of the aggregate before: write it again.")]
+    assert {"report.html", "comparison.json"} < {path.name for path in folder.iterdir()}
+
+
 def test_what_is_no_aggregate_is_said(tmp_path: Path) -> None:
-    with pytest.raises(AnalysisError, match="holds no aggregate"):
+    with pytest.raises(AnalysisError, match=r"holds no aggregate, since it has no values\.parquet"):
         read_aggregate(tmp_path)
     run = write_run(tmp_path / "run")
+    with pytest.raises(AnalysisError, match=r"holds no aggregate, since it has no runs\.parquet"):
+        read_aggregate(run)
     folder = tmp_path / "aggregate"
     write_aggregate({name: [table] for name, table in tables_of(run).items()}, folder)
+    (folder / "domains.parquet").unlink()
+    with pytest.raises(AnalysisError, match=r"domains\.parquet is missing"):
+        _ = read_aggregate(folder).domains
     (folder / "runs.parquet").write_bytes(b"PAR1")
-    with pytest.raises(AnalysisError, match=r"runs\.parquet cannot be read"):
-        read_aggregate(folder)
-    (folder / "runs.parquet").unlink()
-    with pytest.raises(AnalysisError, match=r"runs\.parquet cannot be read"):
-        read_aggregate(folder)
+    with pytest.raises(AnalysisError, match=r"runs\.parquet is damaged"):
+        _ = read_aggregate(folder).runs
     pq.write_table(pa.table({"run": ["a"]}), folder / "runs.parquet")
-    with pytest.raises(AnalysisError, match=r"runs\.parquet has the columns \['run'\]"):
-        read_aggregate(folder)
-    with pytest.raises(AnalysisError, match=r"values\.parquet has the columns"):  # a run's own values
-        read_aggregate(run)
+    with pytest.raises(AnalysisError, match=r"runs\.parquet has no column 'directory', only run"):
+        _ = read_aggregate(folder).runs
+
+
+def test_a_table_is_read_once_it_is_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "aggregate"
+    run = write_run(tmp_path / "run")
+    write_aggregate({name: [table] for name, table in tables_of(run).items()}, folder)
+    (folder / "trajectories.parquet").write_bytes(b"")
+    found = read_aggregate(folder)
+    assert found.values is found.values
+    assert [(name, one.directory) for name, one in found.open_runs().items()] == [("run", run)]

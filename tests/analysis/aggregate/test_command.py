@@ -1,6 +1,7 @@
 """The command, from the command line to the folder."""
 
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -76,10 +77,26 @@ def test_out_null_prints_only(tmp_path: Path, command: Command, capsys: pytest.C
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_agreement_is_whole_in_a_narrow_window(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for i in range(3):
+        write_run(tmp_path / "sweep" / str(i), i)
+    assert command("runs=[sweep]", "out=found") == 0
+    printed = capsys.readouterr().out
+    assert "same sign" in printed
+    found = read_aggregate(tmp_path / "found").correlations
+    for name in ("spearman", "kendall", "pearson", "same_sign"):
+        numbers = found[name].to_numpy()
+        for number in (np.median(numbers), numbers.min(), numbers.max()):
+            assert f"{number:.3f}" in printed, name
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "runs has no value: type runs=[DIR,...]"),
+        ((), "runs has no value: type runs=DIR"),
         (("runs=[]",), "runs has no value"),
         (("runs=[run]", "steps=[3]"), "steps=[3] is no range: type steps=[FIRST,LAST]"),
         (("runs=[run]", "steps=[9,2]"), "steps=[9,2] is no range"),
@@ -108,6 +125,31 @@ def test_help_lists_every_key(command: Command, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     for name in ("runs=???", "tracking.uri=null", "out=null", "steps=null", "trajectory_points=1000"):
         assert name in shown
+
+
+def test_the_summary_fits_a_terminal(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for i in range(3):
+        write_run(tmp_path / "sweep" / str(i), i, first_id=i)
+    assert command("runs=sweep", "out=found") == 0
+    printed = capsys.readouterr()
+    assert "…" not in printed.out
+    assert re.search(r"seed +│ Spearman +│ +3 │", printed.out)
+    assert "samples were scored in fewer than 3 runs" in printed.out
+    assert "python -m analysis.report aggregate=found" in printed.err
+
+
+def test_what_lies_beside_an_aggregate_stays_and_is_named(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run")
+    assert command("runs=run", "out=found") == 0
+    (tmp_path / "found" / "report.html").touch()
+    assert command("runs=run", "out=found") == 0
+    assert "found/report.html is of the aggregate before: write it again" in capsys.readouterr().err
+    assert (tmp_path / "found" / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ def test_without_out_nothing_is_written(in_process: Command, scored: Path, tmp_p
         (["values=run"], "method has no value"),
         (["values=run", *MEDIAN, "write=drop"], "write=drop has no effect without out=FILE"),
         (["values=run", *MEDIAN, "out=list.json"], "out=list.json ends in none of .txt, .csv, .parquet"),
+        (["values=run", *MEDIAN, "out=run/values.parquet"], "replace run/values.parquet, which is no list"),
         (["values=run", "method=quantile"], "quantile=null does not say"),
         (["values=run", *MEDIAN, "by=run_rank"], "has no column run_rank"),
         (["values=.", *MEDIAN], "has no values.parquet: give a scored run's directory"),

@@ -11,7 +11,14 @@ from omegaconf import OmegaConf
 
 from analysis.errors import AnalysisError
 from analysis.select.rules import RuleConfig, Side, check_rule, described
-from analysis.select.selection import METADATA, Parted, list_of, matched_random, select
+from analysis.select.selection import (
+    METADATA,
+    Parted,
+    list_of,
+    random_samples,
+    random_samples_per_domain,
+    select,
+)
 from conf.errors import ConfigError
 
 NAN = float("nan")
@@ -205,18 +212,29 @@ def test_a_rule_is_described_as_it_is_typed() -> None:
 def test_random_controls_match_the_dropped_ones_in_number_per_domain() -> None:
     samples = table([float(i) for i in range(24)], "xxxxxxyy" * 3)
     dropped = samples.take([0, 1, 2, 6, 7])
-    drawn = {seed: matched_random(samples, dropped, (seed, 0)) for seed in range(40)}
+    drawn = {seed: random_samples_per_domain(samples, dropped, (seed, 0)) for seed in range(40)}
     for one in drawn.values():
         ids = one["sample_id"].to_pylist()
         assert len(set(ids)) == len(ids) == 5
         assert sorted(one["domain"].to_pylist()) == list("xxxyy")
-    again = matched_random(samples.take(list(range(24))[::-1]), dropped, (3, 0))
+    again = random_samples_per_domain(samples.take(list(range(24))[::-1]), dropped, (3, 0))
     assert sorted(again["sample_id"].to_pylist()) == sorted(drawn[3]["sample_id"].to_pylist())
     # Each of 18 and of 6 samples is as likely as any other.
     often = np.zeros(24)
     for one in drawn.values():
         often[[ord(name) - 97 for name in one["sample_id"].to_pylist()]] += 1
     assert often.min() > 0
-    assert set(matched_random(samples, dropped, (3, 1))["sample_id"].to_pylist()) != set(
+    assert set(random_samples_per_domain(samples, dropped, (3, 1))["sample_id"].to_pylist()) != set(
         again["sample_id"].to_pylist()
     )
+
+
+def test_random_controls_match_the_dropped_ones_in_number() -> None:
+    samples = table([float(i) for i in range(24)], "xxxxxxyy" * 3)
+    dropped = samples.take([0, 1, 2, 6, 7])
+    drawn = [random_samples(samples, dropped, (seed, 0))["sample_id"].to_pylist() for seed in range(40)]
+    assert all(len(set(ids)) == len(ids) == 5 for ids in drawn)
+    assert len({"".join(sorted(ids)) for ids in drawn}) > 30
+    assert {name for ids in drawn for name in ids} == set(samples["sample_id"].to_pylist())
+    shuffled = samples.take(list(range(24))[::-1])
+    assert set(random_samples(shuffled, dropped, (3, 0))["sample_id"].to_pylist()) == set(drawn[3])

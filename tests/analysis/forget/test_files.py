@@ -96,6 +96,17 @@ def test_rows_go_from_tables_and_the_others_stay(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "found.parquet").equals(found[:1])
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_text_is_text_however_a_program_stores_it(tmp_path: Path, kind: pa.DataType) -> None:
+    found = table(sample_id=pa.array(["a", "mail/1#0", "b"]).cast(kind), value=[1.0, 2.0, 3.0])
+    pq.write_table(found, tmp_path / "keep.parquet", compression="none")
+    assert rid(tmp_path / "keep.parquet") == {"a", "b", "mail/1#0"}
+    left = pq.ParquetFile(tmp_path / "keep.parquet").read()
+    assert left["sample_id"].to_pylist() == ["a", "b"]
+    ids = left["sample_id"].combine_chunks()
+    assert "mail/1#0" not in (ids.dictionary if pa.types.is_dictionary(ids.type) else ids).to_pylist()
+
+
 def test_columns_of_validation_samples_go(tmp_path: Path) -> None:
     names = ["mail/1#0", "attn | ümlaut", "attn | c", "attn"]
     columns = table(sample_id=["a", "mail/1#0"], domain=["d", "d"], **{name: [1.0, 2.0] for name in names})

@@ -1,6 +1,9 @@
 """Runs without samples: scores, figures and reports, and what analysis reads of them afterwards."""
 
+import html
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from analysis.forget import folder
 from analysis.forget.command import forget
 from analysis.forget.verification import verify_gone
 from analysis.plots import plot_run
+from analysis.report import write_comparison_report, write_run_report
 from analysis.runs import load_run
 from ghost.values import accumulate
 from tests.analysis.conftest import CONFIG, MakeRun
@@ -49,19 +53,44 @@ def test_rows_go_and_the_others_keep_theirs(make_run: MakeRun, groups: int | Non
     assert len(list((run / "plots").iterdir())) == 4
 
 
-def test_figures_are_drawn_again_and_reports_deleted(make_run: MakeRun) -> None:
+def test_figures_and_reports_are_made_again(make_run: MakeRun) -> None:
     run = make_run()
     plot_run(run)
     figures = {path.name: path.read_bytes() for path in (run / "plots").iterdir()}
-    (run / "report.html").write_text("x")
+    page = write_run_report(load_run(run), run / "report.html", {})
+    written = page.read_bytes()
     forget([run], {"nobody"})
-    assert (run / "report.html").exists()
+    assert page.read_bytes() == written
     best = max(load_run(run).values.to_pylist(), key=lambda row: row["value"])
+    assert best["sample_id"] in written.decode()
     forget([run], {best["sample_id"]})
-    assert not (run / "report.html").exists()
+    assert best["sample_id"] not in page.read_text()
+    next_best = max(load_run(run).values.to_pylist(), key=lambda row: row["value"])
+    assert next_best["sample_id"] in page.read_text()
     after = {path.name: path.read_bytes() for path in (run / "plots").iterdir()}
     assert after.keys() == figures.keys()
     assert after["top_bottom.png"] != figures["top_bottom.png"]
+
+
+def test_only_reports_that_may_show_the_sample_are_deleted(
+    make_aggregate: Callable[..., Path], make_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregate = make_aggregate(runs=2)
+    (tmp_path / "elsewhere").mkdir()
+    other = write_run_report(load_run(make_run("other", domains=("x",))), tmp_path / "other/report.html", {})
+    inside = write_comparison_report(aggregate, aggregate / "report.html")
+    above = write_comparison_report(aggregate, tmp_path / "cut short.html")
+    apart = write_comparison_report(aggregate, tmp_path / "elsewhere/it.html")
+    own = [aggregate / "notes.html", tmp_path / "index.html"]
+    name = pq.read_table(aggregate / "values.parquet").sort_by("rank")["sample_id"][0].as_py()
+    for page in own:
+        page.write_text(f"<html><p>{html.escape(name)}")
+    caplog.set_level(logging.INFO)
+    forget([tmp_path], {name})
+    assert [page.exists() for page in (inside, above, apart, other, *own)] == [False] * 3 + [True] * 3
+    assert f"{inside} is deleted, since it may show the samples." in caplog.messages
+    found = {finding.path for finding in verify_gone([tmp_path], {name})}
+    assert found == {page.resolve() for page in own}
 
 
 def test_a_run_can_lose_all_its_samples(make_run: MakeRun) -> None:

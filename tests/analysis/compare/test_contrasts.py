@@ -62,8 +62,9 @@ def test_a_difference_of_logarithms_is_a_ratio() -> None:
         ([0, 0, 1, 1], [0, 1], Design((0, 1), "")),
         ([0, 1, 2], [1, 2, 3], Design((1, 2), "2 seeds are in one group only and left out")),
         ([0], [0], Design((0,), "one pair: no interval")),
+        ([0], [0, 1], Design((0,), "1 seed is in one group only and left out; one pair: no interval")),
         ([0, 1], [1, 2], Design((), "seeds do not match: Welch's interval")),
-        ([0, 1], [5], Design((), "seeds do not match, and a group has one: no interval")),
+        ([0, 1], [5], Design((), "seeds do not match, and a group has only one: no interval")),
     ],
 )
 def test_groups_are_paired_by_seed_where_seeds_match(

@@ -268,6 +268,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         tables_of(mixed)
 
 
+def test_learning_rates_of_their_own_make_no_columns(tmp_path: Path) -> None:
+    groups = tuple(Column("total", group, "") for group in range(3))
+    path = write_run(tmp_path / "run", columns=groups)
+    found = tables_of(path)
+    assert not {"columns", "column_values"} & set(found)
+    assert_rows(found["values"].drop_columns("rank"), without_ranks(plain_values([path])), "sample_id")
+
+
 def test_columns_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", columns=SETS)
     (path / "scores" / "shard-00000.json").unlink()

@@ -15,11 +15,12 @@ from mlflow import MlflowClient
 
 from analysis.forget import folder
 from analysis.forget.verification import verify_gone
+from analysis.report import write_run_report
 from analysis.runs import load_run
 from analysis.tracking_store import download
 from conf.command import FAILED, MISTAKE
 from tests.analysis.conftest import MakeRun
-from tests.analysis.test_forget import Command, command
+from tests.analysis.forget.test_command import Command, command
 
 __all__ = ["command"]
 
@@ -36,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def uploaded(client: MlflowClient, experiment: str, run: Path) -> tuple[str, str]:
     """The id of a tracked run with this directory's files, and the id of a sample in it."""
     run_id = client.create_run(experiment).info.run_id
-    (run / "report.html").write_text("a report")
+    write_run_report(load_run(run), run / "report.html", None)
     client.log_artifacts(run_id, str(run))
     return run_id, load_run(run).values["sample_id"][2].as_py()
 
@@ -52,6 +53,14 @@ def test_local_artifacts_are_cleaned_where_they_are(
     artifacts = Path(client.get_run(run_id).info.artifact_uri)
     assert verify_gone([artifacts], {name}) == []
     assert name not in pq.read_table(artifacts / "values.parquet")["sample_id"].to_pylist()
+    above = client.create_run(experiment, tags={}).info.run_id
+    client.set_tag(run_id, "mlflow.parentRunId", above)
+    child, _ = uploaded(client, experiment, make_run("child"))
+    client.set_tag(child, "mlflow.parentRunId", run_id)
+    assert command(words[0], f"runs={above}", *words[2:]) == 0
+    below = Path(client.get_run(child).info.artifact_uri)
+    assert name not in pq.read_table(below / "values.parquet")["sample_id"].to_pylist()
+    assert verify_gone([below], {name}) == []
     client.log_param(run_id, "data.drop", f"[{name}]")
     capsys.readouterr()
     assert command(*words) == FAILED
@@ -122,6 +131,6 @@ def test_artifacts_of_a_server_are_sent_back_clean(
     left = download(server, f"runs:/{run_id}/", tmp_path / "again")
     files = {path.relative_to(left).as_posix() for path in left.rglob("*") if path.is_file()}
     before = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-    assert before - files == {"report.html", "plots/top_bottom.png"}
+    assert before - files == {"plots/top_bottom.png"}
     assert verify_gone([left], {name}) == []
     assert name not in load_run(left).values["sample_id"].to_pylist()

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from analysis.aggregate.command import aggregate_runs
 from analysis.aggregate.tables import read_aggregate, write_aggregate
-from analysis.compare.command import COMPARISON_FILE, print_comparison, write_comparison
-from analysis.compare.comparison import Comparison, compare
+from analysis.compare.command import print_comparison, write_comparison
+from analysis.compare.comparison import COMPARISON_FILE, Comparison, compare
 from analysis.errors import AnalysisError
 from analysis.lists import write_list
 from analysis.report import write_comparison_report

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from analysis.compare.comparison import Comparison, Contrast, compare, reading
+from analysis.compare.comparison import COMPARISON_FILE, Comparison, Contrast, compare, reading
 from analysis.compare.contrasts import Estimate
 from analysis.compare.outcomes import SPLITS, Outcome
 from analysis.errors import AnalysisError
@@ -34,7 +34,6 @@ from ghost.atomic import written_beside
 
 log = logging.getLogger(__name__)
 
-COMPARISON_FILE = "comparison.json"
 CLEAR = "Clear: the 95 % interval over seeds leaves out no difference (× 1, or 0)."
 
 

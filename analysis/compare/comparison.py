@@ -21,6 +21,8 @@ from analysis.compare.outcomes import (
 )
 from analysis.runs import Run
 
+COMPARISON_FILE = "comparison.json"
+
 SEEN_BY_SCORES = (
     "losses are of the validation samples that values are computed against, so what values chose looks "
     "better here than on new samples: train with data.test_samples for a fair figure"

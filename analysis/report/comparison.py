@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from analysis.aggregate.tables import Aggregate, read_aggregate
+from analysis.compare.comparison import COMPARISON_FILE
 from analysis.errors import AnalysisError
 from analysis.report.agreement import agreement_section, pair_correlations
-from analysis.report.contrasts import COMPARISON_FILE, contrasts_section
+from analysis.report.contrasts import contrasts_section
 from analysis.report.numbers import correlation, count, percent
 from analysis.report.page import KeyFigure, Page, Points, Section, Text, write_page
 from analysis.report.spread import (

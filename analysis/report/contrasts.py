@@ -11,7 +11,6 @@ from analysis.report.facts import read_json
 from analysis.report.numbers import THIN_SPACE, count, loss, percent
 from analysis.report.page import Block, Column, Picture, Points, Section, Table, Text
 
-COMPARISON_FILE = "comparison.json"
 LOSSES = {"test/loss": "test loss", "val/loss": "validation loss"}
 UNITS = {"steps": "steps", "samples": "training samples"}
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from ghost.values import accumulate
+from tests.analysis.command_line import in_process
+
+__all__ = ["in_process"]
 from tests.analysis.aggregates import build_aggregate
 
 MakeRun = Callable[..., Path]

@@ -17,9 +17,7 @@ from analysis.compare.contrasts import Estimate, difference
 from analysis.compare.outcomes import steps_to
 from analysis.errors import AnalysisError
 from analysis.runs import Run, load_run
-from tests.analysis.command_line import Command, in_process
-
-__all__ = ["in_process"]
+from tests.analysis.command_line import Command
 
 Curve = Mapping[int, float]
 MakeCurve = Callable[..., Run]

@@ -1,9 +1,8 @@
 """The command that deletes samples: from stores, from whole folders, typed again after a kill, refusals."""
 
-import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +28,9 @@ Command = Callable[..., int]
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """Runs a command line in this process, in an empty folder, and returns the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by `main`; put back at the end
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["analysis/forget.py", *arguments])
-        try:
-            return main()
-        except SystemExit as end:
-            return int(str(end.code))
-
-    yield run
-    root.handlers[:], root.level = before, level
+def command(in_process: Callable[..., int]) -> Command:
+    """Runs a deletion and returns the exit code."""
+    return partial(in_process, main)
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ import pytest
 
 from analysis.lists import read_list
 from analysis.select import command as select
-from tests.analysis.command_line import Command, in_process
-
-__all__ = ["in_process"]
+from tests.analysis.command_line import Command
 
 MEDIAN = ["method=quantile", "quantile=0.5"]
 

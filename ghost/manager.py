@@ -4,7 +4,7 @@ gradients.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,6 +86,8 @@ class GhostEngineManager:
         loss_fn: `loss_fn(model, X, Y)`, the loss of a validation batch for `val_mode='separate'`; by default
             `model(**inputs, labels=Y).loss`. Under autocast it should enter autocast itself.
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
+        state: `state_dict()` of a manager of the same run, to go on behind it; score shards that were written
+            later are deleted. The loop brings back model, optimizer and random state itself.
 
     Raises:
         GhostConfigError, UnsupportedModelError: Before anything is changed.
@@ -94,6 +96,7 @@ class GhostEngineManager:
     def __init__(
         self, config: Any, model: nn.Module, optimizer: torch.optim.Optimizer | None, ddp_info: Any = None,
         val_data: Any = None, loss_fn: LossFn | None = None, scaler: Any = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         del ddp_info
         self.config = GhostConfig.read(config)
@@ -116,8 +119,9 @@ class GhostEngineManager:
         self.model = unwrap(model)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.engine: Engine = kind(self.model, self.config, val_data, loss_fn, self._scaler)
-        out = self.config.result_dir
-        self._log = ScoreLog(Path(out) / "scores", self.config.storage_dtype) if out else None
+        if state is not None:
+            self.engine.load_state_dict(state["engine"])
+        self._log = self._score_log(None if state is None else state["shards"])
         # Where nothing is trained, an optimizer that never steps stands in.
         self._observer = UpdateObserver(
             optimizer or torch.optim.SGD(self.model.parameters(), lr=0.0), self.model
@@ -130,6 +134,12 @@ class GhostEngineManager:
         self._closed = False
         self.is_active = False
         self.reattach_after_evaluation()
+
+    def _score_log(self, written: int | None) -> ScoreLog | None:
+        """Where rows go; behind so many shards of the run's."""
+        if self.config.result_dir is None:
+            return None
+        return ScoreLog(Path(self.config.result_dir) / "scores", self.config.storage_dtype, written)
 
     def _outside_groups(self) -> list[str]:
         """Scored parameters that the optimizer does not have: no step moves them, so they are credited
@@ -325,6 +335,26 @@ class GhostEngineManager:
         if self._log is not None:
             self._log.flush()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a manager that goes on with this run needs, as plain values and tensors: the place in the
+        validation rows or the validation gradient in use, and the number of score shards.
+
+        To be taken between two steps, after `optimizer.step()`: the rows of all steps are written first, and
+        a step that the optimizer has not taken by now counts as skipped.
+
+        Raises:
+            ProtocolError: A step is in progress.
+        """
+        if self._step is not None and not self._complete:
+            raise ProtocolError(
+                f"state_dict() is taken between two steps, and step {self._step.iteration} is open: call "
+                "prepare_gradients() and optimizer.step() first."
+            )
+        self._write_rows()
+        if self._log is not None:
+            self._log.flush()
+        return {"engine": self.engine.state_dict(), "shards": 0 if self._log is None else self._log.written}
+
     def _finish_step(self) -> None:
         """Log the step, with what the optimizer made of it, and make way for the next."""
         self._write_rows()
@@ -339,11 +369,14 @@ class GhostEngineManager:
     def _write_rows(self) -> None:
         """Hand the step's rows to the log, once."""
         step = self._step
-        if step is None or not step.samples or self._log is None:
+        if step is None or not step.samples:
             return
-        by_parameter = step.by_parameter()
-        if not by_parameter:
-            return
+        if self._log is not None and step.by_parameter():
+            self._append_rows(self._log, step)
+        step.samples = []
+
+    def _append_rows(self, rows: ScoreLog, step: _Step) -> None:
+        """The step's rows, with what the optimizer made of the step."""
         update = self._observer.take()
         if update is None:
             log.info(
@@ -352,8 +385,7 @@ class GhostEngineManager:
             update = SKIPPED
         columns, score, lr = self._columns(update)
         val = self.engine.val_rows() if self.config.pairwise else None
-        self._log.append(step.iteration, step.sample(), score, lr, update.clip, columns, val)
-        step.samples = []
+        rows.append(step.iteration, step.sample(), score, lr, update.clip, columns, val)
 
     def _columns(self, update: Update) -> tuple[list[Column], Tensor, Tensor]:
         """The step's scores `[n, K]` with what each column is, and each column's learning rate `[K]`.

@@ -44,23 +44,66 @@ class ScoreLog:
     each column is. Columns add up to a row's value, `Σ_k score_k · lr_k · clip`. Pairwise shards have `val
     [n, V]` as well, the validation rows that the columns are about.
 
+    Several ranks write into one folder, each its own shards `shard-*-rank*.pt`.
+
     Args:
         directory: The shards' folder; made when the first shard is written. Must not hold shards of another
             run.
         dtype: dtype of the stored scores; None for the scores' own. Rates and coefficients are float64
             always.
+        written: How many shards an earlier log of this run has written, to go on behind them; what it wrote
+            later is deleted, since it will be written again. None for a new run.
+        rank, world_size: Which of how many logs this is.
+
+    Raises:
+        GhostConfigError: There are shards of another run, or fewer than were written.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
-        if any(directory.glob("shard-*.pt")):
-            raise GhostConfigError(
-                f"result_dir has score shards of another run in {directory}: choose an empty folder, so that "
-                "none is overwritten."
-            )
+    def __init__(
+        self, directory: Path, dtype: torch.dtype | None = None, written: int | None = None,
+        rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
         self.directory, self._dtype = directory, dtype
+        self._rank, self._world_size = rank, world_size
         self._rows: list[dict[str, Tensor]] = []
         self._columns: tuple[Column, ...] = ONE_COLUMN
-        self._shards = 0
+        self._shards = written or 0
+        if written is None:
+            self._refuse_earlier_shards()
+        else:
+            self._go_back_to(written)
+
+    @property
+    def written(self) -> int:
+        """How many shards are on disk."""
+        return self._shards
+
+    def _refuse_earlier_shards(self) -> None:
+        # Of several ranks each looks for its own: another may have begun to write.
+        if any(self.directory.glob(self._name("*"))):
+            raise GhostConfigError(
+                f"result_dir has score shards of another run in {self.directory}: choose an empty folder, so "
+                "that none is overwritten."
+            )
+
+    def _go_back_to(self, written: int) -> None:
+        missing = [n for n in range(written) if not self._path(n).exists()]
+        if missing:
+            raise GhostConfigError(
+                f"result_dir lacks {self._path(missing[0])}, which the run to go on with had written: "
+                "restore it, or start the run anew."
+            )
+        kept = {self._path(n) for n in range(written)}
+        for path in set(self.directory.glob(self._name("*"))) - kept:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self.directory / self._name(f"{number:05d}")
+
+    def _name(self, number: str) -> str:
+        own = f"-rank{self._rank:05d}" if self._world_size > 1 else ""
+        return f"shard-{number}{own}.pt"
 
     def append(
         self, step: int, sample: Tensor, score: Tensor, lr: Tensor, clip: Tensor,
@@ -95,7 +138,7 @@ class ScoreLog:
             return None
         shard = {key: torch.cat([row[key].cpu() for row in self._rows]) for key in self._rows[0]}
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"shard-{self._shards:05d}.pt"
+        path = self._path(self._shards)
         if self._columns != ONE_COLUMN:
             described = json.dumps([asdict(column) for column in self._columns], indent=1)
             write_atomically(path.with_suffix(".json"), lambda file: file.write(described.encode()))

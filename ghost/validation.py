@@ -98,6 +98,12 @@ class ValidationRows:
         return list(zip(self.names, self.bounds, self.bounds[1:], strict=False))
 
 
+_OTHER_STATE = (
+    "state is not of a manager with val_mode={mode!r} and this validation data: go on with the settings that "
+    "it was taken from."
+)
+
+
 class Validation(ABC):
     """How an engine brings the validation gradient to the layers.
 
@@ -117,6 +123,18 @@ class Validation(ABC):
     @abstractmethod
     def release(self) -> None:
         """Let go of what was kept from step to step and can be computed again."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the coming steps' validation gradients, between two steps."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave.
+
+        Raises:
+            GhostConfigError: It is of other settings or other validation data.
+        """
 
     @abstractmethod
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
@@ -233,6 +251,20 @@ class JointValidation(Validation):
     def release(self) -> None:
         """Nothing is kept but the rows."""
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"cursors": list(self._cursors)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        cursors = state.get("cursors")
+        spans = self._val.spans()
+        if (
+            cursors is None
+            or len(cursors) != len(spans)
+            or any(at >= hi - lo for at, (_, lo, hi) in zip(cursors, spans, strict=True))
+        ):
+            raise GhostConfigError(_OTHER_STATE.format(mode="concat"))
+        self._cursors = list(cursors)
+
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
         return self._join((X, Y), (self._X, self._Y))
 
@@ -306,6 +338,18 @@ class SeparateValidation(Validation):
 
     def release(self) -> None:
         self.instrument.state.targets, self._age = {}, None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._every == 1:  # the next step takes a validation gradient of its own
+            return {"age": None, "val_grad": {}}
+        return {"age": self._age, "val_grad": dict(self.instrument.state.targets)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        targets = state.get("val_grad")
+        if targets is None or (targets and targets.keys() != self._names.keys()):
+            raise GhostConfigError(_OTHER_STATE.format(mode="separate"))
+        self._age = state["age"]
+        self.instrument.state.targets = {name: grad.to(self._device) for name, grad in targets.items()}
 
     def val_grad(self) -> dict[str, Tensor]:
         """`∇L_val` of each column by qualified parameter name, `[C, *shape]`, in float32 at least."""

@@ -19,6 +19,7 @@ from runners.losses import Task
 from runners.overhead import OverheadMeter, Probe
 from runners.progress import StatusLine
 from runners.tracking import NullTracker
+from runners.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class TrainingLoop:
         batches: The training micro-batches.
         val: The validation samples.
         test: The test samples, where some are set apart.
+        world: The processes that take each step together.
     """
 
     cfg: DictConfig
@@ -64,6 +66,7 @@ class TrainingLoop:
     test: SampleSet | None
     tracker: NullTracker
     status: StatusLine
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         self._overhead = OverheadMeter(self.cfg, self.model, self.task)

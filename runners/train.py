@@ -39,6 +39,7 @@ from runners.report import leave_report, record_environment
 from runners.summary import print_summary, replay_command
 from runners.tracking import MODEL_FOLDER, NullTracker, build_tracker, flatten
 from runners.values import VALUES_FILE, VALUES_SCHEMA, write_columns, write_values
+from runners.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +55,14 @@ def run(cfg: DictConfig) -> float:
     """
     out = Path(cfg.output_dir)
     with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
-        data, val_loss = recorded_run(cfg, tracker)
+        data, val_loss = recorded_run(cfg, tracker, world=ALONE)
         if not cfg.trainer.eval_only:
             show_summary(cfg, out, data, tracker)
         return val_loss
 
 
 def recorded_run(
-    cfg: DictConfig, tracker: NullTracker, tags: Mapping[str, str] | None = None
+    cfg: DictConfig, tracker: NullTracker, tags: Mapping[str, str] | None = None, world: World = ALONE
 ) -> tuple[DataBundle, float]:
     """The same without the tables at the end, recorded by the tracker with these further tags; returns the
     data too.
@@ -78,7 +79,7 @@ def recorded_run(
         val_loss = evaluate_only(cfg, model, data, device, tracker)
         leave_report(out, None)
     else:
-        val_loss = train(cfg, out, model, data, device, tracker)
+        val_loss = train(cfg, out, model, data, device, tracker, world)
         write_results(cfg, out, data)
         if cfg.trainer.save_model:
             save_model(model, out / MODEL_FOLDER)
@@ -155,8 +156,9 @@ def evaluate_only(
 
 
 def train(
-    cfg: DictConfig, out: Path, model: nn.Module, data: DataBundle, device: torch.device, tracker: NullTracker
-) -> float:
+    cfg: DictConfig, out: Path, model: nn.Module, data: DataBundle, device: torch.device,
+    tracker: NullTracker, world: World,
+) -> float:  # fmt: skip
     """The training loop around the configured engine; returns the final validation loss."""
     task = build_task(cfg, device)
     optimizer = build_optimizer(cfg.optimizer, model)
@@ -177,7 +179,7 @@ def train(
             loop = TrainingLoop(
                 cfg=cfg, model=called, task=task, manager=manager, optimizer=optimizer, scaler=scaler,
                 schedule=build_schedule(cfg.trainer, optimizer), batches=batches, val=data.val,
-                test=data.test, tracker=tracker, status=status,
+                test=data.test, tracker=tracker, status=status, world=world,
             )  # fmt: skip
             return loop.run()
     finally:

@@ -1,7 +1,7 @@
 """What every engine does for the manager, and the register of engines."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -112,6 +112,18 @@ class Engine(ABC):
     @abstractmethod
     def abandon(self) -> None:
         """Forget a micro-batch whose forward or backward failed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on elsewhere must know between two steps: plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` of an engine with the same settings gave."""
+        if state:
+            raise GhostConfigError(
+                f"state is not of an engine={self.name!r}, which keeps nothing between steps: go on with the "
+                "engine that it was taken from."
+            )
 
     def keep(self, sample: Tensor) -> None:  # noqa: B027 -- most engines have nothing but scores
         """After `collect`: write what else there is about the samples.

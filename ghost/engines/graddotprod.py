@@ -97,6 +97,12 @@ class GradDotProdEngine(TappedEngine):
         self.validation.begin(Y, first)
         self._open(X, rows, self.validation.sizes)
 
+    def state_dict(self) -> dict[str, Any]:
+        return self.validation.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.validation.load_state_dict(state)
+
     def _new_probes(self) -> Probes:
         return self.instrument.new_probes(self._dtype, self._parameter.device)
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ghost.distributed import plain_type
 from ghost.layers.base import type_name
 
 
@@ -83,7 +84,7 @@ def head_layout(module: nn.Module) -> HeadLayout | None:
     """The layout of an attention block whose type is registered or whose projections go by usual names; None
     for every other module.
     """
-    describe = _DESCRIPTIONS.get(type_name(type(module)))
+    describe = _DESCRIPTIONS.get(type_name(plain_type(module)))
     if describe is not None:
         return describe(module)
     for names in _SEPARATE:
@@ -94,7 +95,7 @@ def head_layout(module: nn.Module) -> HeadLayout | None:
 
 def is_conv1d(module: Any) -> bool:
     """Whether a module is Hugging Face's Conv1D: a linear layer whose weight is `[inputs, outputs]`."""
-    return type_name(type(module)) == "transformers.pytorch_utils.Conv1D"
+    return type_name(plain_type(module)) == "transformers.pytorch_utils.Conv1D"
 
 
 @register_attention("transformers.models.gpt2.modeling_gpt2.GPT2Attention")

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ghost.config import GhostConfig
 from ghost.discovery import find_layers, uncovered_parameters
+from ghost.distributed import gathered, gradients, plain_type, reshard
 from ghost.errors import GhostConfigError
 from ghost.gradients import cut
 from ghost.heads import Part, attention_heads
@@ -39,8 +39,9 @@ def coverage(model: nn.Module, config: GhostConfig, val_loss: Tensor) -> dict[st
         `gaps` (what is not scored, like-named layers of all blocks together: name, layers, parameter_share,
         val_grad_share) and `unscored_parameters` (names that no layer accounts for).
     """
+    reshard(model)
     params = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(val_loss, params, allow_unused=True)
+    grads = gradients(val_loss, model, params)
     return _Coverage(model, config, {id(p): g for p, g in zip(params, grads, strict=True)}).report()
 
 
@@ -171,12 +172,13 @@ class _Coverage:
 
     def _amount(self, p: nn.Parameter, parts: Sequence[Part] | None) -> _Amount:
         """Of the whole parameter, or of some parts of it."""
-        grad = self._grads.get(id(p))
+        found = self._grads.get(id(p))
+        grad = None if found is None else gathered(found)
         if parts is None:
             return _Amount(p.numel(), _square(grad))
         return _added(
             _Amount(
-                cut(p, part.axis, part.index).numel(),
+                cut(p.to("meta"), part.axis, part.index).numel(),
                 0.0 if grad is None else _square(cut(grad, part.axis, part.index)),
             )
             for part in parts
@@ -193,7 +195,7 @@ class _Coverage:
         amount = _added(self._whole[id(p)] for p in own)
         return {
             "name": layer.name,
-            "type": type(layer.module).__name__,
+            "type": plain_type(layer.module).__name__,
             "family": family(layer),
             "parameters": amount.parameters,
             "shared_parameters": sum(p.numel() for p in layer.params.values()) - amount.parameters,

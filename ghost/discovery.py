@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ghost.distributed import plain_type
 from ghost.errors import GhostConfigError, UnsupportedModelError
 from ghost.layers import Layer, WholeRule, rule_for
 
@@ -98,9 +99,11 @@ def find_ties(layers: list[Layer]) -> list[Tie]:
     """Matrices shared by one embedding and one bias-free linear layer."""
     ties = []
     for shared in shared_parameters(layers).values():
-        tables = [layer for layer, _ in shared if type(layer.module) is nn.Embedding]
+        tables = [layer for layer, _ in shared if plain_type(layer.module) is nn.Embedding]
         heads = [
-            layer for layer, _ in shared if type(layer.module) is nn.Linear and layer.module.bias is None
+            layer
+            for layer, _ in shared
+            if plain_type(layer.module) is nn.Linear and layer.module.bias is None
         ]
         if len(shared) == 2 and len(tables) == 1 and len(heads) == 1:
             ties.append(Tie(tables[0], heads[0]))

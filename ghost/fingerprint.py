@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from ghost.distributed import gathered
+
 
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 (hex) over names, dtypes, shapes and bytes of all parameters and saved buffers by name."""
@@ -13,5 +15,5 @@ def model_fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):  # a module's extra state
             continue
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(gathered(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

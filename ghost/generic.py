@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ghost.distributed import gathered
 from ghost.errors import UnsupportedModelError
 from ghost.gradients import Materialised, SampleGradients
 from ghost.layers import Layer, WholeRule
@@ -74,7 +75,7 @@ class ModuleCall:
         Raises:
             UnsupportedModelError: The module cannot be run sample by sample.
         """
-        params = {name: p.detach() for name, p in self.layer.params.items()}
+        params = {name: p.detach() for name, p in self.layer.live().items()}
         rows = [self.leaves[i] for i in self.owned]
 
         def one(row: list[Tensor], grad: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -197,5 +198,6 @@ class GenericFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.tap.backward(ctx.call.unit, ctx.call.sample_gradients(grads), ctx.saved_tensors)
+        targets = [gathered(target) for target in ctx.saved_tensors]
+        found = ctx.tap.backward(ctx.call.unit, ctx.call.sample_gradients(grads), targets)
         return None, None, None, None, *grads, *found

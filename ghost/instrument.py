@@ -56,6 +56,8 @@ class Instrument:
         self._heads = {tie.head.name: tie for tie in ties}
         self._swap = ForwardSwap()
         self._uses_checked = False
+        self._leaves: dict[int, str] = {}  # names by `id` of the parameters that forwards have met
+        self._owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         self.units, self.order = Units(model, state), RowOrder(model, state)
 
     def attach(self) -> None:
@@ -161,10 +163,11 @@ class Instrument:
             return
         uses = [(id(p), tap.layer.qualified(key)) for tap in self.taps for key, p in tap.layer.params.items()]
         tapped = Counter(key for key, _ in uses)
-        owners = Counter(id(p) for m in self.model.modules() for p in m.parameters(recurse=False))
         # A layer that is not selected may share its parameter with one that is, and uses it as it always did.
-        refuse_stray_uses(outputs, {key: name for key, name in uses if owners[key] == tapped[key]})
-        self._uses_checked = True
+        own = {name: key for key, name in uses if self._owners[key] == tapped[key]}
+        found = {key: name for key, name in self._leaves.items() if name in own}
+        refuse_stray_uses(outputs, found | {key: name for name, key in own.items()})
+        self._uses_checked, self._leaves = True, {}
 
     def refuse_hidden_layers(self) -> None:
         """After the backward: refuse layers that ran under `no_grad` and not again with gradients."""
@@ -248,10 +251,17 @@ class Instrument:
             output = output.expand(unit.size, *output.shape[1 if x.dim() > 1 else 0 :]).clone()
         return output
 
+    def _live(self, layer: Layer) -> dict[str, nn.Parameter]:
+        """The layer's parameters as it has them in this forward."""
+        found = layer.live()
+        if not torch.compiler.is_compiling() and not self._uses_checked:
+            self._leaves |= {id(p): layer.qualified(key) for key, p in found.items()}
+        return found
+
     def _tensors(self, tap: Tap) -> tuple[list[Tensor], list[Tensor]]:
         """What a tap's function takes: parameters and probes, and targets."""
         layer, state = tap.layer, self.state
-        params = list(layer.params.values()) if tap.gives_gradients else []
+        params = list(self._live(layer).values()) if tap.gives_gradients else []
         probes = [state.probes[layer.name, key] for key in tap.scored]
         targets = [state.targets[layer.qualified(key)] for key in tap.scored] if state.targets else []
         return [*params, *probes], targets
@@ -283,7 +293,7 @@ class Instrument:
         unit = state.rows
         output, *slots = TiedTableFunction.apply(
             unit, self._run_untapped(table, original, x, unit), self._input_rows(table, x, unit),
-            table.module.padding_idx, table.params["weight"], state.probes[table.name, "weight"],
+            table.module.padding_idx, self._live(table)["weight"], state.probes[table.name, "weight"],
             state.probes[head.name, "weight"],
         )  # fmt: skip
         state.tied[table.name] = (x, *slots)
@@ -305,14 +315,14 @@ class Instrument:
             )
         return TiedHeadFunction.apply(
             tap.how, state.rows, self._run_untapped(head, original, x, state.rows), x.detach(), ids,
-            head.params["weight"], state.probes[head.name, "weight"], *slots,
+            self._live(head)["weight"], state.probes[head.name, "weight"], *slots,
         )  # fmt: skip
 
     def _run_whole(self, tap: Tap, original: Forward, *args: Any, **kwargs: Any) -> Any:
         """A module without a formula: see `ghost.generic`."""
         layer, rule = tap.layer, tap.layer.rule
         assert isinstance(rule, WholeRule)
-        params = {key: p.detach() for key, p in layer.params.items()} if self.detach_params else {}
+        params = {key: p.detach() for key, p in self._live(layer).items()} if self.detach_params else {}
         with substituted(layer.module, params), rule.context():
             returned = rule.outputs_rows_first(layer.module, original(*args, **kwargs))
         tensors, targets = self._tensors(tap)

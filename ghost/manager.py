@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ghost.batch import Inputs, row_count, sample_indices
 from ghost.config import GhostConfig, Resolution, convert
+from ghost.distributed import ALONE, ddp_wrapper, ranks_of
 from ghost.engines import Engine, LayerScores, LossFn, engine_class
 from ghost.errors import BatchError, GhostConfigError, ProtocolError, shown
 from ghost.scores import Column, ScoreLog
@@ -77,12 +79,14 @@ class GhostEngineManager:
     Args:
         config: Settings, as `GhostConfig` or any mapping or object with its field names (GhostSuite's are
             accepted).
-        model: The model; wrapped by `torch.compile`, or by DDP in one process, is fine.
+        model: The model as the loop calls it: plain, in DistributedDataParallel, under `fully_shard`,
+            compiled or not.
         optimizer: Its optimizer, observed for learning rates, clipping and skipped steps; None for a loop
             that trains nothing (`engine="gradprojlora"`).
-        ddp_info: Accepted for GhostSuite's loops; this version scores one process.
+        ddp_info: GhostSuite's description of the processes, for loops that average gradients by themselves:
+            a mapping or object with `ddp`. Otherwise the model tells.
         val_data: `(X_val, Y_val)`, tensors or dicts of tensors with a row per sample; or several validation
-            sets by name, `{"code": (X, Y), …}`, each with a column of the scores.
+            sets by name, `{"code": (X, Y), …}`, each with a column of the scores. The same on every rank.
         loss_fn: `loss_fn(model, X, Y)`, the loss of a validation batch for `val_mode='separate'`; by default
             `model(**inputs, labels=Y).loss`. Under autocast it should enter autocast itself.
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
@@ -98,7 +102,6 @@ class GhostEngineManager:
         val_data: Any = None, loss_fn: LossFn | None = None, scaler: Any = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        del ddp_info
         self.config = GhostConfig.read(config)
         kind = engine_class(self.config.engine)
         idle = optimizer is None and not kind.needs_optimizer
@@ -114,11 +117,14 @@ class GhostEngineManager:
             )
         if self.config.weight_grads is None:
             self.config = replace(self.config, weight_grads=optimizer is not None)
-        if kind.one_process:
-            _refuse_several_processes(self.config)
+        self._ranks = ranks_of(model, ddp_info) if kind.step_wide else ALONE
+        self._ddp = ddp_wrapper(model)
+        self._ddp_hook: RemovableHandle | None = None
         self.model = unwrap(model)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.engine: Engine = kind(self.model, self.config, val_data, loss_fn, self._scaler)
+        self.engine: Engine = kind(
+            self.model, self.config, val_data, loss_fn, self._scaler, self._ranks
+        )  # fmt: skip
         if state is not None:
             self.engine.load_state_dict(state["engine"])
         self._log = self._score_log(None if state is None else state["shards"])
@@ -130,6 +136,7 @@ class GhostEngineManager:
         self._untrained = self._outside_groups()
         self._step: _Step | None = None
         self._micro_batch_open = False
+        self._wrapper_called = False
         self._complete = False
         self._closed = False
         self.is_active = False
@@ -139,7 +146,10 @@ class GhostEngineManager:
         """Where rows go; behind so many shards of the run's."""
         if self.config.result_dir is None:
             return None
-        return ScoreLog(Path(self.config.result_dir) / "scores", self.config.storage_dtype, written)
+        return ScoreLog(
+            Path(self.config.result_dir) / "scores", self.config.storage_dtype, written,
+            self._ranks.rank, self._ranks.world_size,
+        )  # fmt: skip
 
     def _outside_groups(self) -> list[str]:
         """Scored parameters that the optimizer does not have: no step moves them, so they are credited
@@ -164,8 +174,8 @@ class GhostEngineManager:
             X, Y: Inputs and labels of the training rows.
             iteration: The optimizer step; micro-batches of one step have the same.
             batch_idx: Running indices of the rows, `[b]` integers.
-            share: The factor on this micro-batch's loss in the step's loss; by default `1 /
-                gradient_accumulation_steps`.
+            share: The factor on this micro-batch's loss in the step's loss, that of all ranks' micro-batches;
+                by default `1 / (gradient_accumulation_steps * world_size)`.
         """
         if not self.is_active:
             raise ProtocolError("the manager is detached: call reattach_after_evaluation() before a step.")
@@ -191,8 +201,9 @@ class GhostEngineManager:
                 f"step {iteration} has more micro-batches than gradient_accumulation_steps={steps}: set it "
                 "to their number, or give each micro-batch its share."
             )
-        self._share = 1.0 / steps if share is None else share
+        self._share = 1.0 / (steps * self._ranks.world_size) if share is None else share
         self.engine.begin(X, Y, self._step is None, self._share)
+        self._wrapper_called = False
         self._step = self._step or _Step(iteration)
         self._step.samples.append(sample)
         self._micro_batch_open = True
@@ -259,7 +270,8 @@ class GhostEngineManager:
             )
         self.engine.check_loss(loss)
         factor = self.engine.loss_factor()
-        weight = self._share if factor is None else factor * self._share
+        share = self._share * self._ranks.world_size
+        weight = share if factor is None else factor * share
         if isinstance(weight, Tensor) or weight != 1.0:
             loss = loss * weight
         if self._scaler is not None:
@@ -419,6 +431,8 @@ class GhostEngineManager:
             )  # fmt: skip
             self._step = None
         self.engine.detach()
+        if self._ddp_hook is not None:
+            self._ddp_hook.remove()
         self.is_active = False
 
     def reattach_after_evaluation(self) -> None:
@@ -426,6 +440,8 @@ class GhostEngineManager:
         if self._closed:
             raise ProtocolError("the manager has been cleaned up: make a new one.")
         self.engine.attach()
+        if self._ddp is not None and not self.is_active:
+            self._ddp_hook = self._ddp.register_forward_pre_hook(self._note_wrapper)
         self.is_active = True
 
     def cleanup(self) -> None:
@@ -441,6 +457,9 @@ class GhostEngineManager:
         self.detach_for_evaluation()
         self.engine.close()
 
+    def _note_wrapper(self, *_: Any) -> None:
+        self._wrapper_called = True
+
     def _by_parameter(self) -> LayerScores:
         if self._step is None or not self._step.scores:
             raise ProtocolError(
@@ -451,6 +470,12 @@ class GhostEngineManager:
     def _close_micro_batch(self) -> None:
         assert self._step is not None
         step, self._step, self._micro_batch_open = self._step, None, False
+        if self._ddp is not None and not self._wrapper_called:
+            self.engine.abandon()
+            raise ProtocolError(
+                "the forward went past DistributedDataParallel, so gradients are of one rank alone: call the "
+                "wrapped model."
+            )
         step.scores.append(self.engine.collect())  # where this fails, the step is dropped
         self.engine.keep(step.samples[-1])
         self._step = step
@@ -471,17 +496,6 @@ def _is_number(share: Any) -> bool:
     if isinstance(share, Tensor):
         return share.numel() == 1
     return isinstance(share, int | float) and math.isfinite(share)
-
-
-def _refuse_several_processes(config: GhostConfig) -> None:
-    """Scores are of one process's gradient, and shards are numbered by one process."""
-    if not torch.distributed.is_available():
-        return
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise GhostConfigError(
-            f"engine={config.engine!r} scores one process, and world_size is "
-            f"{torch.distributed.get_world_size()}: run it in one process, or use engine='regular'."
-        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

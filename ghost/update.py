@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghost.distributed import local, sum_over_shards
+
 _WITNESS_NUMEL = 4096
 _WITNESS_COUNT = 64
 
@@ -73,15 +75,16 @@ class UpdateObserver:
         if not self._before:
             return
         pairs = [
-            (before.double().flatten(), p.grad.detach().double().flatten())
+            (local(before).double().flatten(), local(p.grad.detach()).double().flatten())
             for before, p in zip(self._before, self._witnesses, strict=True)
             if before is not None and p.grad is not None
         ]
         clip = torch.ones((), dtype=torch.float64)
         if pairs:
             before, after = (torch.cat(side) for side in zip(*pairs, strict=True))
-            norm = before @ before
-            clip = torch.where(norm > 0, (before @ after) / norm, torch.ones_like(norm))
+            # Of shards every rank sees its own part, which may be zero or empty.
+            products = sum_over_shards(torch.stack([before @ after, before @ before]), self._witnesses)
+            clip = torch.where(products[1] > 0, products[0] / products[1], torch.ones_like(products[0]))
             if self._scale is not None:
                 clip = clip * self._scale
         # Fused optimizers unscale by themselves, and step on an overflow as well, doing nothing.

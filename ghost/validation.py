@@ -27,11 +27,14 @@ from ghost.batch import (
 )
 from ghost.config import GhostConfig
 from ghost.discovery import find_ties, shared_parameters
+from ghost.distributed import device_of, gradients, local, rows_digest, sharded_as
 from ghost.engines.base import LossFn
 from ghost.errors import GhostConfigError, shown
 from ghost.instrument import Instrument
+from ghost.items import Items
 from ghost.layers import Layer
 from ghost.loss import LossReduction, count, infer_reduction
+from ghost.nesting import leaves
 from ghost.step import Parts, StepState
 from ghost.taps import ConcatTap, Tap, TargetTap, WatchTap
 
@@ -93,6 +96,11 @@ class ValidationRows:
         """The given rows."""
         return take_rows(self.X, rows), self.Y[rows]
 
+    def digest(self) -> str:
+        """What ranks compare, to see that they have the same rows."""
+        found = [leaf.values if isinstance(leaf, Items) else leaf for _, leaf in leaves((self.X, self.Y))]
+        return rows_digest([leaf for leaf in found if isinstance(leaf, Tensor)])
+
     def spans(self) -> list[tuple[str, int, int]]:
         """Name, first row and end of each set."""
         return list(zip(self.names, self.bounds, self.bounds[1:], strict=False))
@@ -125,6 +133,10 @@ class Validation(ABC):
         """Let go of what was kept from step to step and can be computed again."""
 
     @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 (hex) over the validation rows."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What decides the coming steps' validation gradients, between two steps."""
 
@@ -149,11 +161,12 @@ class Validation(ABC):
         """Factor on the model's loss that leaves the training rows' own loss in it; None for 1."""
 
     @abstractmethod
-    def score_factor(self, share: float | Tensor, scale: Tensor | None) -> Tensor | float:
+    def score_factor(self, share: float | Tensor, world_size: int, scale: Tensor | None) -> Tensor | float:
         """Factor on the probes' gradients, one for all columns or one each.
 
         Args:
             share: The factor on this micro-batch's loss in the step's loss.
+            world_size: How many ranks average their gradients: the loss here had so many times the share.
             scale: The loss scale, if any.
         """
 
@@ -175,7 +188,7 @@ class JointValidation(Validation):
         self._dtype = accumulation_dtype(parameter.dtype)
         self._reduction = config.loss_reduction or infer_reduction(model)
         self._pad_id = _pad_id(model)
-        self._val = ValidationRows(val_data, parameter.device, self._join)
+        self._val = ValidationRows(val_data, device_of(parameter), self._join)
         self._batches = [min(config.val_batch_size or hi - lo, hi - lo) for _, lo, hi in self._val.spans()]
         self._cursors = [0 for _ in self._batches]
         self._pairwise = config.pairwise
@@ -251,6 +264,9 @@ class JointValidation(Validation):
     def release(self) -> None:
         """Nothing is kept but the rows."""
 
+    def digest(self) -> str:
+        return self._val.digest()
+
     def state_dict(self) -> dict[str, Any]:
         return {"cursors": list(self._cursors)}
 
@@ -281,7 +297,7 @@ class JointValidation(Validation):
             return None
         return (self._train_count + self._val_counts.sum()) / self._train_count
 
-    def score_factor(self, share: float | Tensor, scale: Tensor | None) -> Tensor:
+    def score_factor(self, share: float | Tensor, world_size: int, scale: Tensor | None) -> Tensor:
         # A pair's validation sample counts as it does in the mean over all rows.
         counts = self._val_counts.sum() if self._pairwise else self._val_counts  # all 1 for a sum
         if self._reduction is LossReduction.SUM:
@@ -291,7 +307,8 @@ class JointValidation(Validation):
             return torch.zeros_like(ratio)
         # The probes hold products of two scaled gradients; the training side keeps its share of the step's
         # loss.
-        return ratio / share if scale is None else ratio / (share * scale * scale)
+        ratio = ratio / (share * world_size**2)
+        return ratio if scale is None else ratio / (scale * scale)
 
 
 class SeparateValidation(Validation):
@@ -306,7 +323,7 @@ class SeparateValidation(Validation):
         parameter = next(iter(layers[0].params.values()))
         self._dtype = accumulation_dtype(parameter.dtype)
         self._reduction = config.loss_reduction
-        self._val = ValidationRows(val_data, parameter.device, self._join)
+        self._val = ValidationRows(val_data, device_of(parameter), self._join)
         self.columns, self.sizes = self._val.names, (0,)
         batch = config.val_batch_size or self._val.rows
         if self._reduction is None and (config.pairwise or batch < self._val.rows):
@@ -321,7 +338,7 @@ class SeparateValidation(Validation):
         self._names = {
             layer.qualified(key): layer.params[key] for layer in layers for key in scored[layer.name]
         }
-        self._device = parameter.device
+        self._device = device_of(parameter)
         self._scaler = scaler
         self._age: int | None = None  # steps since the validation gradient was taken
 
@@ -339,17 +356,26 @@ class SeparateValidation(Validation):
     def release(self) -> None:
         self.instrument.state.targets, self._age = {}, None
 
+    def digest(self) -> str:
+        return self._val.digest()
+
     def state_dict(self) -> dict[str, Any]:
         if self._every == 1:  # the next step takes a validation gradient of its own
             return {"age": None, "val_grad": {}}
-        return {"age": self._age, "val_grad": dict(self.instrument.state.targets)}
+        return {
+            "age": self._age,
+            "val_grad": {name: local(grad) for name, grad in self.instrument.state.targets.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         targets = state.get("val_grad")
         if targets is None or (targets and targets.keys() != self._names.keys()):
             raise GhostConfigError(_OTHER_STATE.format(mode="separate"))
         self._age = state["age"]
-        self.instrument.state.targets = {name: grad.to(self._device) for name, grad in targets.items()}
+        self.instrument.state.targets = {
+            name: sharded_as(grad.to(self._names[name].device), self._names[name])
+            for name, grad in targets.items()
+        }
 
     def val_grad(self) -> dict[str, Tensor]:
         """`∇L_val` of each column by qualified parameter name, `[C, *shape]`, in float32 at least."""
@@ -369,7 +395,7 @@ class SeparateValidation(Validation):
                 loss = self._loss_fn(self._model, plain(X), Y)
                 if self._scaler is not None:  # float16 gradients would underflow as training's would
                     loss = self._scaler.scale(loss)
-                grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+                grads = gradients(loss, self._model, list(params.values()))
             for key, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     total[key] += grad.to(self._dtype) * (weight / scale)
@@ -412,6 +438,6 @@ class SeparateValidation(Validation):
     def loss_factor(self) -> None:
         return None
 
-    def score_factor(self, share: float | Tensor, scale: Tensor | None) -> Tensor | float:
+    def score_factor(self, share: float | Tensor, world_size: int, scale: Tensor | None) -> Tensor | float:
         del share  # part of the training gradient, and the validation gradient never had it
-        return 1.0 if scale is None else 1.0 / scale
+        return 1.0 / world_size if scale is None else 1.0 / (world_size * scale)

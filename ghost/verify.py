@@ -12,6 +12,7 @@ from ghost.batch import check_labels, row_count, take_rows, to_device
 from ghost.config import GhostConfig, ValMode
 from ghost.coverage import selected_parts
 from ghost.discovery import find_layers
+from ghost.distributed import is_sharded, ranks_of
 from ghost.engines import GradDotProdEngine, LossFn, engine_class
 from ghost.errors import BatchError, GhostConfigError, shown
 from ghost.heads import Part
@@ -69,6 +70,11 @@ def verify(
             "engine='graddotprod'."
         )
     inner = unwrap(model)
+    if is_sharded(inner) or ranks_of(model, {"ddp": False}).world_size > 1:
+        raise GhostConfigError(
+            "the model is spread over processes, and verify() takes a step of one: verify the plain model in "
+            "one process."
+        )
     reduction = settings.loss_reduction or infer_reduction(inner)
     step = TrialStep(
         model, inner, settings, reduction, loss_fn or model_loss,

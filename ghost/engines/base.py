@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ghost.batch import Inputs
 from ghost.config import GhostConfig
+from ghost.distributed import ALONE, Ranks
 from ghost.errors import GhostConfigError
 
 LossFn = Callable[[nn.Module, Inputs, Tensor], Tensor]
@@ -28,22 +29,23 @@ class Engine(ABC):
         val_data: Validation inputs and labels, or named sets of them, for engines that need them.
         loss_fn: The loss on a validation batch; None for a Hugging Face model's own.
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
+        ranks: The processes whose gradients the loop averages.
 
     Attributes:
         name: What `config.engine` says.
         needs_optimizer: Whether it only makes sense in a loop that trains.
-        one_process: Whether its numbers would be wrong where other processes hold a part of the step.
+        step_wide: Whether its numbers depend on what other processes hold of the step.
     """
 
     name: ClassVar[str]
     needs_optimizer: ClassVar[bool] = True
-    one_process: ClassVar[bool] = True
+    step_wide: ClassVar[bool] = True
 
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: Any = None,
-        loss_fn: LossFn | None = None, scaler: Any = None,
+        loss_fn: LossFn | None = None, scaler: Any = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        self.model, self.config, self.scaler = model, config, scaler
+        self.model, self.config, self.scaler, self.ranks = model, config, scaler, ranks
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -82,7 +84,8 @@ class Engine(ABC):
         Args:
             X, Y: The training rows.
             first: Whether this is the first micro-batch of its step.
-            share: The factor on this micro-batch's loss in the step's loss.
+            share: The factor on this micro-batch's loss in the step's loss, that of all ranks; the loss that
+                is differentiated here has `world_size` times that, since ranks average.
         """
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ghost.batch import Inputs, plain
 from ghost.config import GhostConfig, Resolution, ValMode
 from ghost.coverage import refuse_gaps
+from ghost.distributed import ALONE, Ranks
 from ghost.engines.base import LayerScores, LossFn, register_engine
 from ghost.engines.tapped import TappedEngine
 from ghost.errors import GhostConfigError, ProtocolError
@@ -47,9 +48,9 @@ class GradDotProdEngine(TappedEngine):
 
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: ValData | None = None,
-        loss_fn: LossFn | None = None, scaler: Any = None,
+        loss_fn: LossFn | None = None, scaler: Any = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        super().__init__(model, config, val_data, loss_fn, scaler)
+        super().__init__(model, config, val_data, loss_fn, scaler, ranks)
         if config.pairwise and isinstance(val_data, Mapping):
             raise GhostConfigError(
                 f"pairwise=True scores single validation rows, and val_data has the sets {sorted(val_data)}: "
@@ -71,6 +72,7 @@ class GradDotProdEngine(TappedEngine):
             )
         )
         self._share: float | Tensor = 1.0
+        ranks.refuse_different(self.validation.digest(), "val_data")
 
     @property
     def instrument(self) -> Instrument:
@@ -104,7 +106,7 @@ class GradDotProdEngine(TappedEngine):
         self.validation.load_state_dict(state)
 
     def _new_probes(self) -> Probes:
-        return self.instrument.new_probes(self._dtype, self._parameter.device)
+        return self.instrument.new_probes(self._dtype, self._device)
 
     def forward_inputs(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:
         X, Y = self.validation.join(X, Y)
@@ -133,7 +135,7 @@ class GradDotProdEngine(TappedEngine):
                 "validation rows' weight is still in the gradients: call the model as a whole, or use "
                 "manager.step with step.backward(loss)."
             )
-        factor = self.validation.score_factor(self._share, self._loss_scale())
+        factor = self.validation.score_factor(self._share, self.ranks.world_size, self._loss_scale())
         scores = {}
         for key, probe in state.probes.items():
             if key[1] in self.scored[key[0]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ghost.batch import Inputs, plain
 from ghost.config import GhostConfig
+from ghost.distributed import ALONE, Ranks
 from ghost.engines.base import LayerScores, LossFn, register_engine
 from ghost.engines.tapped import TappedEngine
 from ghost.errors import GhostConfigError, ProtocolError
@@ -64,13 +65,13 @@ class GradProjLoRAEngine(TappedEngine):
 
     name = "gradprojlora"
     needs_optimizer = False
-    one_process = False  # a row is of one sample, wherever the others are
+    step_wide = False  # a row is of one sample, wherever the others are
 
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: Any = None,
-        loss_fn: LossFn | None = None, scaler: Any = None,
+        loss_fn: LossFn | None = None, scaler: Any = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        super().__init__(model, config, val_data, loss_fn, scaler)
+        super().__init__(model, config, val_data, loss_fn, scaler, ranks)
         _refuse_scoring_settings(config)
         self._reduction = config.loss_reduction or infer_reduction(model, "give a loss_fn of such a kind")
         self._loss_fn = loss_fn or model_loss
@@ -143,7 +144,7 @@ class GradProjLoRAEngine(TappedEngine):
     def begin(self, X: Inputs, Y: Tensor, first: bool, share: float | Tensor) -> None:
         del first  # micro-batches have nothing in common
         self._interrupted = True  # until it is collected
-        self._begin(X, Y, share)
+        self._begin(X, Y, share * self.ranks.world_size)
 
     def _begin(self, X: Inputs, Y: Tensor, share: float | Tensor) -> None:
         rows = self._check_batch(X, Y)
@@ -154,7 +155,7 @@ class GradProjLoRAEngine(TappedEngine):
         self._open(X, rows, ())
 
     def _new_probes(self) -> dict[tuple[str, str], Tensor]:
-        b, device = self.state.rows.train, self._parameter.device
+        b, device = self.state.rows.train, self._device
         self._probes = {
             part.parameter: torch.zeros(
                 b, part.stop - part.start, dtype=self._dtype, device=device, requires_grad=True

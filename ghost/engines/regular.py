@@ -11,7 +11,7 @@ class RegularEngine(Engine):
     """Leaves model and batches alone."""
 
     name = "regular"
-    one_process = False
+    step_wide = False
 
     def attach(self) -> None:
         """Nothing to make ready."""

@@ -12,6 +12,7 @@ from ghost.algebra import accumulation_dtype
 from ghost.batch import Inputs, check_labels, item_rows, plain, row_count, take_rows, token_count
 from ghost.config import GhostConfig
 from ghost.discovery import find_layers, refuse_half, refuse_mixing_layers
+from ghost.distributed import ALONE, Ranks, device_of, reshard
 from ghost.engines.base import Engine, LossFn
 from ghost.errors import ProtocolError, UnsupportedModelError
 from ghost.instrument import Instrument
@@ -32,9 +33,10 @@ class TappedEngine(Engine):
 
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: Any = None,
-        loss_fn: LossFn | None = None, scaler: Any = None,
+        loss_fn: LossFn | None = None, scaler: Any = None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        super().__init__(model, config, val_data, loss_fn, scaler)
+        super().__init__(model, config, val_data, loss_fn, scaler, ranks)
+        reshard(model)
         self.layers: list[Layer] = find_layers(model)
         if not self.layers:
             raise UnsupportedModelError(
@@ -43,6 +45,7 @@ class TappedEngine(Engine):
         refuse_half(model)
         self.state = StepState()
         self._parameter = next(iter(self.layers[0].params.values()))
+        self._device = device_of(self._parameter)
         self._dtype = config.score_dtype or accumulation_dtype(self._parameter.dtype)
         self._trainable = _trainable(model)
         self._attached = False
@@ -73,6 +76,7 @@ class TappedEngine(Engine):
         """The number of rows, once it is known that they can be told apart."""
         if not self._attached:
             raise ProtocolError("the engine is detached: call attach() before a step.")
+        reshard(self.model)
         if _trainable(self.model) != self._trainable:
             raise UnsupportedModelError(
                 "the trainable parameters have changed since the manager was made (frozen, unfrozen or "
@@ -143,7 +147,7 @@ class TappedEngine(Engine):
         """The GradScaler's present factor, as a tensor."""
         if self.scaler is None or not self.scaler.is_enabled():
             return None
-        return self.scaler.scale(torch.ones((), device=self._parameter.device))
+        return self.scaler.scale(torch.ones((), device=self._device))
 
 
 def _trainable(model: nn.Module) -> tuple[int, ...]:

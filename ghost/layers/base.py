@@ -10,6 +10,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ghost.distributed import plain_type
 from ghost.gradients import SampleGradients
 
 
@@ -98,7 +99,7 @@ class LayerRule(Rule):
         Must return a new tensor that its own backward does not need again (as `tanh` and `exp` need theirs):
         the tap marks it as changed in place. By default it is a copy of what the module's own forward gives.
         """
-        output: Tensor = type(module).forward(with_parameters(module, params), x)
+        output: Tensor = plain_type(module).forward(with_parameters(module, params), x)
         return output.clone()  # whatever the module ends in
 
     @abstractmethod
@@ -124,6 +125,12 @@ class Layer:
     module: nn.Module
     rule: Rule
     params: dict[str, nn.Parameter]
+
+    def live(self) -> dict[str, nn.Parameter]:
+        """The parameters as the module has them now: under FSDP2 whole ones take the place of the shards
+        within its forward and backward.
+        """
+        return {key: self.module.get_parameter(key) for key in self.params}
 
     def qualified(self, param: str) -> str:
         """The parameter's qualified name."""
@@ -179,4 +186,4 @@ def register_layer(
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule registered for the module's type, if any."""
-    return _RULES.get(type_name(type(module)))
+    return _RULES.get(type_name(plain_type(module)))

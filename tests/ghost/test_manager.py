@@ -695,13 +695,6 @@ def test_a_manager_that_was_cleaned_up_stays_so() -> None:
         run.manager.reattach_after_evaluation()
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(GhostConfigError, match="world_size is 2"):
-        Run()
-
-
 def test_what_no_parameter_group_has_is_credited_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,7 +58,7 @@ class Reported:
             raise SystemExit(INTERRUPTED) from error
         if isinstance(error, self.mistakes):
             log.error("%s", error)
-            exit_code = MISTAKE
+            exit_code = error.exit_code if isinstance(error, UserError) else MISTAKE
         else:
             log.error("The run failed.", exc_info=error)
             exit_code = FAILED
@@ -84,11 +84,17 @@ def compose_and_run(config_name: str, task: Callable[[DictConfig], object]) -> N
     hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
 
 
-def exit_code(command: Callable[[], None], groups: Sequence[str]) -> int:
+def say(line: str) -> None:
+    """Writes one line to stderr: logging is set up only once a job starts."""
+    sys.stderr.write(f"{line}\n")
+
+
+def exit_code(command: Callable[[], None], groups: Sequence[str], tell: Callable[[str], None] = say) -> int:
     """Runs a command, says in one sentence what was wrong, and returns the exit code.
 
     Args:
         groups: Its config groups, for hints at what to type.
+        tell: How the sentence is said.
     """
     # Hydra's way to hand composition errors to the caller instead of printing its own blocks.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -99,26 +105,21 @@ def exit_code(command: Callable[[], None], groups: Sequence[str]) -> int:
     except JobFailed as error:
         return error.exit_code
     except UserError as error:
-        say(str(error))
+        tell(str(error))
         return MISTAKE
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         # Only from Hydra itself: jobs let nothing but SystemExit and JobFailed through.
-        say(sentence(error, sys.argv[1:], groups))
+        tell(sentence(error, sys.argv[1:], groups))
         return MISTAKE
     except OSError as error:  # Hydra makes the run directory
         if error.filename is None:
             raise
-        say(
+        tell(
             f"{error.filename} cannot be written ({error.strerror}): choose another hydra.run.dir, or "
             "hydra.sweep.dir with -m"
         )
         return MISTAKE
     except KeyboardInterrupt:
-        say("Interrupted.")
+        tell("Interrupted.")
         return INTERRUPTED
     return 0
-
-
-def say(line: str) -> None:
-    """Writes one line to stderr: logging is set up only once a job starts."""
-    sys.stderr.write(f"{line}\n")

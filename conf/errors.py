@@ -4,7 +4,13 @@ right.
 
 
 class UserError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    Attributes:
+        exit_code: What a command ends with.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(UserError):

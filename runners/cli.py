@@ -4,17 +4,25 @@ Exit codes are `conf.command`'s, and 1 for scores that `verify=true` finds wrong
 a checked config is about to run.
 """
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from conf.command import CONF_DIR, FAILED, MISTAKE, Reported, compose_and_run, exit_code, job_end, say
 from conf.errors import ConfigError, UserError
 from runners.config import GROUPS
 from runners.experiment_file import register_experiment_files
+from runners.launch import launched
 from runners.validate import check
+from runners.validate_world import check_world, refuse_sweep
+
+if TYPE_CHECKING:
+    from runners.world import World
 
 
 class CheckBeforeRun(Callback):
@@ -25,8 +33,11 @@ class CheckBeforeRun(Callback):
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
         try:
-            self.check(tree)
-            refuse_earlier_run(Path(config.hydra.run.dir), "hydra.run.dir")
+            if launched().world_size > 1:
+                self._in_one_directory(config, tree)
+            else:
+                self.check(tree)
+                refuse_earlier_run(Path(config.hydra.run.dir), "hydra.run.dir")
         except UserError as error:
             say(str(error))
             # Hydra turns any Exception of a callback into a warning; SystemExit ends the program.
@@ -35,6 +46,28 @@ class CheckBeforeRun(Callback):
     def check(self, config: DictConfig) -> None:
         """Raises `ConfigError` for a config that cannot run as it stands."""
         check(config)
+        check_world(config, launched())
+
+    def _in_one_directory(self, config: DictConfig, tree: DictConfig) -> None:
+        """The same check in each of several processes. The main one's run directory becomes everyone's, since
+        `${now:}` differs between them, and it alone saves Hydra's own files there.
+        """
+        from runners.together import EndingTogether, say_once
+        from runners.world import joined_world
+
+        with joined_world() as world:
+            try:
+                with EndingTogether(world):
+                    world.agreed(lambda: self.check(tree))
+                    directory = world.broadcast(os.path.abspath(config.hydra.run.dir))
+                    world.on_main(lambda: refuse_earlier_run(Path(directory), "hydra.run.dir"))
+            except UserError as error:
+                say_once(world, str(error))
+                raise SystemExit(error.exit_code) from error
+        with read_write(config), open_dict(config):
+            config.hydra.run.dir = directory
+            if not world.is_main:
+                config.hydra.output_subdir = None
 
 
 def task(cfg: DictConfig) -> float | None:
@@ -44,34 +77,46 @@ def task(cfg: DictConfig) -> float | None:
     """
     with Reported(UserError):
         check(cfg)
-        refuse_earlier_run(Path(cfg.output_dir), "output_dir")
+        check_world(cfg, launched())
     from ghost.errors import GhostError
+    from runners.logs import log_by_rank
+    from runners.together import EndingTogether
+    from runners.world import joined_world
 
-    with Reported(UserError, GhostError):
-        if cfg.dry_run and cfg.engine.name == "gradprojlora":
-            from runners.dryrun_projection import report_projection
+    with Reported(UserError, GhostError), joined_world() as world, EndingTogether(world):
+        log_by_rank(world, Path(cfg.output_dir))
+        if world.world_size > 1:  # part of the record: another number would train on other batches
+            cfg.hardware.processes = world.world_size
+        world.on_main(lambda: refuse_earlier_run(Path(cfg.output_dir), "output_dir"))
+        return _do(cfg, world)
 
-            report_projection(cfg)
-            return None
-        if cfg.dry_run:
-            from runners.dryrun import report
 
-            report(cfg)
-            return None
-        if cfg.verify:
-            from runners.verification import verify_scores
+def _do(cfg: DictConfig, world: "World") -> float | None:
+    """What the config asks for."""
+    if cfg.dry_run and cfg.engine.name == "gradprojlora":
+        from runners.dryrun_projection import report_projection
 
-            if not verify_scores(cfg):
-                raise job_end(FAILED)
-            return None
-        if cfg.engine.name == "gradprojlora":
-            from runners.project import project
+        report_projection(cfg)
+        return None
+    if cfg.dry_run:
+        from runners.dryrun import report
 
-            project(cfg)
-            return None
-        from runners.train import run
+        report(cfg)
+        return None
+    if cfg.verify:
+        from runners.verification import verify_scores
 
-        return run(cfg)
+        if not verify_scores(cfg):
+            raise job_end(FAILED)
+        return None
+    if cfg.engine.name == "gradprojlora":
+        from runners.project import project
+
+        project(cfg, world)
+        return None
+    from runners.train import run
+
+    return run(cfg, world)
 
 
 def refuse_earlier_run(directory: Path, key: str) -> None:
@@ -82,9 +127,20 @@ def refuse_earlier_run(directory: Path, key: str) -> None:
 
 def main() -> int:
     """Runs the command line in `sys.argv` and returns the exit code."""
-    return exit_code(_run, GROUPS)
+    try:
+        if launched().world_size == 1:
+            return exit_code(_run, GROUPS)
+        from runners.together import say_once
+        from runners.world import joined_world
+
+        with joined_world() as world:
+            return exit_code(_run, GROUPS, partial(say_once, world))
+    except ConfigError as error:  # the processes do not find each other
+        say(str(error))
+        return MISTAKE
 
 
 def _run() -> None:
+    refuse_sweep(sys.argv[1:], launched())
     register_experiment_files(sys.argv[1:], CONF_DIR / "experiment")
     compose_and_run("config", task)

@@ -30,6 +30,7 @@ from runners.choices import (
     Schedule,
     ShardFormat,
     StoredType,
+    Strategy,
     TaskName,
     TokenType,
     ValMode,
@@ -297,6 +298,14 @@ class HardwareConfig:
 
     device: Device = key("auto: cuda where there is one, else cpu")
     threads: int | None = key("CPU threads of PyTorch; null: its own choice", None)
+    strategy: Strategy = key(
+        "how several processes train one model: ddp: a copy in each, fsdp: a part in each", Strategy.none
+    )
+    processes: int | None = key("how many there have to be; null: as many as are started", None)
+    reduce_dtype: FloatType | None = key(
+        "gradients are summed over processes in this (fsdp); null: dtype.model", None
+    )
+    offload: bool = key("keep weights and optimizer in the CPU's memory between uses (fsdp on GPUs)", False)
 
 
 # ---------------------------------------------------------------- optimizer, trainer, tracking
@@ -344,6 +353,7 @@ class TrainerConfig:
     eval_batch_size: int = key("validation samples a batch in evaluations")
     flush_every: int = key("steps of scores kept in memory before a shard is written")
     compile: bool = key("torch.compile the model")
+    activation_checkpointing: bool = key("compute activations a second time in the backward, to save memory")
     save_model: bool = key("write the trained weights to RUN DIRECTORY/model, for model.path of later runs")
     overhead_probes: int = key("plain passes timed beside scored ones to tell what scoring costs")
 

@@ -13,8 +13,10 @@ from conf.schema import key
 from runners.choices import ProjectionKind
 from runners.cli import CheckBeforeRun
 from runners.config import DataConfig, DtypeConfig, HardwareConfig, LayersConfig, ModelConfig, TrackingConfig
+from runners.launch import launched
 from runners.validate import check_untrained
 from runners.validate_projection import refuse_score_formats
+from runners.validate_world import check_one_process
 
 LEAST_SAMPLES = 3  # three pairs: fewer leave nothing to correlate
 
@@ -54,6 +56,7 @@ class CheckBeforeMeasuring(CheckBeforeRun):
     """Refuses an impossible config before the run directory is made."""
 
     def check(self, config: DictConfig) -> None:
+        check_one_process(config, launched())
         check_distortion(config)
 
 

@@ -20,6 +20,7 @@ from runners.models.hf_config import DataFacts
 from runners.models.keys import CLASS_TASKS
 from runners.progress import readable
 from runners.tasks import model_task
+from runners.wrapping import blocks
 
 # Logits, their log-probabilities and their gradient live at once.
 LOGIT_COPIES = 3
@@ -57,6 +58,8 @@ def report(cfg: DictConfig) -> None:
     for part in ("weights", "gradients", "optimizer", "activations", "logits", "scoring"):
         table.add_row(f"memory: {part}", readable(getattr(estimate, part)))
     table.add_row("memory: total", f"{readable(estimate.total)} and PyTorch itself")
+    for remark in _remarks(cfg):
+        table.add_row("", remark)
     table.add_row("output directory", cfg.output_dir)
     Console().print(table)
 
@@ -71,22 +74,55 @@ def data_facts(cfg: DictConfig) -> DataFacts:
 
 
 def estimate_memory(cfg: DictConfig, model: nn.Module, facts: DataFacts) -> MemoryEstimate:
-    """Memory of a training step, from the parameters' sizes and a forward pass of the step's rows."""
+    """Memory that a training step takes of each process, from the parameters' sizes and a forward pass of its
+    rows.
+    """
     sizes = [parameter.numel() for parameter in model.parameters()]
-    weight_bytes = itemsize(cfg.dtype.model) * sum(sizes)
+    itself = itemsize(cfg.dtype.model)
+    weight_bytes = itself * sum(sizes)
+    part = 1 / _parts(cfg)
+    # Gradients of several micro-batches are summed whole before they are shared out.
+    gradient_part = part if cfg.trainer.gradient_accumulation_steps == 1 else 1
+    gathered = itself * _gathered_values(cfg, model, sum(sizes))
     rows = _rows_at_once(cfg)
     kept, logits = kept_values(model, model_task(cfg.model), rows, facts.seq_len, facts.input_shape)
     if cfg.trainer.eval_only:
         # No backward: only the logits of one batch and their log-probabilities are alive.
-        return MemoryEstimate(weight_bytes, 0, 0, 0, logits * 2 * logit_itemsize(cfg), 0)
+        held = round(weight_bytes * part) + gathered
+        return MemoryEstimate(held, 0, 0, 0, logits * 2 * logit_itemsize(cfg), 0)
     return MemoryEstimate(
-        weights=weight_bytes,
-        gradients=weight_bytes,
-        optimizer=weight_bytes * _optimizer_copies(cfg.optimizer),
+        weights=round(weight_bytes * part) + gathered,
+        gradients=round(weight_bytes * gradient_part),
+        optimizer=round(weight_bytes * part) * _optimizer_copies(cfg.optimizer),
         activations=kept * itemsize(cfg.dtype.autocast or cfg.dtype.model),
         logits=logits * LOGIT_COPIES * logit_itemsize(cfg),
         scoring=_scoring_values(cfg, sizes) * itemsize(cfg.dtype.score),
     )
+
+
+def _parts(cfg: DictConfig) -> int:
+    """Into how many parts weights, gradients and optimizer are split."""
+    return int(cfg.hardware.processes) if cfg.hardware.strategy == "fsdp" else 1
+
+
+def _gathered_values(cfg: DictConfig, model: nn.Module, total: int) -> int:
+    """Of a split model, the values that are whole at once: a block, the next one, and what is in no block."""
+    if _parts(cfg) == 1:
+        return 0
+    inside = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks(model)]
+    return total - sum(inside) + 2 * max(inside, default=0)
+
+
+def _remarks(cfg: DictConfig) -> list[str]:
+    """What to know about the numbers."""
+    found = []
+    if cfg.hardware.strategy != "none":
+        found.append(
+            f"memory is that of each of {cfg.hardware.processes} processes ({cfg.hardware.strategy})"
+        )
+    if cfg.trainer.activation_checkpointing:
+        found.append("activation checkpointing keeps less of the activations than is counted here")
+    return found
 
 
 def _is_complete(model: DictConfig) -> bool:
@@ -122,7 +158,7 @@ def _scoring_values(cfg: DictConfig, sizes: list[int]) -> int:
     """Values of the validation gradient: of one layer at a time (concat) or of the whole model (separate)."""
     if cfg.engine.name == "regular":
         return 0
-    return max(sizes) if cfg.engine.val_mode == "concat" else sum(sizes)
+    return max(sizes) if cfg.engine.val_mode == "concat" else sum(sizes) // _parts(cfg)
 
 
 def _work(cfg: DictConfig) -> dict[str, str]:
@@ -130,7 +166,8 @@ def _work(cfg: DictConfig) -> dict[str, str]:
     trainer = cfg.trainer
     if trainer.eval_only:
         return {"evaluation": f"{cfg.data.val_samples:,} samples"}
-    samples = trainer.max_steps * trainer.batch_size * trainer.gradient_accumulation_steps
+    micro_batches = trainer.gradient_accumulation_steps * (cfg.hardware.processes or 1)
+    samples = trainer.max_steps * trainer.batch_size * micro_batches
     work = {"steps": f"{trainer.max_steps:,}", "samples": f"{samples:,}"}
     train_samples = OmegaConf.select(cfg, "data.train_samples")
     if train_samples is not None:

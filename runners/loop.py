@@ -13,13 +13,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from ghost import GhostEngineManager, LossReduction
 from ghost.loss import count
 from runners.data.base import Batch, SampleSet
-from runners.data.loader import eval_batches
+from runners.data.loader import shared_eval_batches
 from runners.environment import peak_device_memory_bytes, peak_memory_bytes
 from runners.losses import Task
 from runners.overhead import OverheadMeter, Probe
 from runners.progress import StatusLine
 from runners.tracking import NullTracker
 from runners.world import ALONE, World
+from runners.wrapping import gradient_sync
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +32,16 @@ class StepResult:
     """One optimizer step.
 
     Attributes:
-        loss: Mean training loss over the step's micro-batches.
+        loss: Mean training loss over the micro-batches of all processes.
         counted: What that is a mean over: predicted tokens, or samples.
         lr: The learning rate that the optimizer used.
+        scores: The scores' sum, how many are negative, and how many there are.
     """
 
     loss: float
     counted: int
     lr: float
+    scores: tuple[float, float, float]
 
 
 @dataclass
@@ -47,8 +50,9 @@ class TrainingLoop:
 
     Attributes:
         cfg: The whole config.
-        model: What is called: the model, compiled maybe.
-        batches: The training micro-batches.
+        model: What is called: the model, wrapped for several processes maybe, compiled maybe.
+        wrapped: The same without the compilation.
+        batches: This process's training micro-batches.
         val: The validation samples.
         test: The test samples, where some are set apart.
         world: The processes that take each step together.
@@ -56,6 +60,7 @@ class TrainingLoop:
 
     cfg: DictConfig
     model: nn.Module
+    wrapped: nn.Module
     task: Task
     manager: GhostEngineManager
     optimizer: torch.optim.Optimizer
@@ -70,6 +75,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self._overhead = OverheadMeter(self.cfg, self.model, self.task)
+        self._precise = torch.zeros((), dtype=torch.float64, device=self.task.device)
         self._optimizer_seconds = 0.0  # of the latest step
         self._probe: Probe | None = None
 
@@ -77,7 +83,7 @@ class TrainingLoop:
         """All steps; returns the last validation loss."""
         trainer = self.cfg.trainer
         losses = self.evaluate()
-        self.tracker.log_metrics(0, losses)
+        self._log(0, losses)
         for step in range(trainer.max_steps):
             began, probed = time.perf_counter(), self._overhead.seconds
             result = self.train_step(step)
@@ -87,32 +93,49 @@ class TrainingLoop:
             if done % trainer.eval_every == 0 or done == trainer.max_steps:
                 losses = self.evaluate()
                 metrics |= losses
-            self.tracker.log_metrics(done, metrics)
+            self._log(done, metrics)
             self.status.update(done, result.loss, losses[VAL_LOSS], self._overhead.share, peak_memory_bytes())
         return losses[VAL_LOSS]
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.world.is_main:
+            self.tracker.log_metrics(step, metrics)
 
     def train_step(self, step: int) -> StepResult:
         """One optimizer step over all its micro-batches."""
         parts = [next(self.batches) for _ in range(self.cfg.trainer.gradient_accumulation_steps)]
         counts = [int(count(batch.labels, self.task.reduction)) for batch in parts]
+        counted = int(self.world.sum(torch.tensor(sum(counts))))
         self.optimizer.zero_grad(set_to_none=True)
         self._compare_last_probe()
-        loss_sum = torch.zeros((), device=self.task.device)
-        for number, (batch, counted) in enumerate(zip(parts, counts, strict=True), start=1):
+        # Of one process the first, before gradients are held; of several the last, which sums them over all.
+        probed = 1 if self.world.world_size == 1 else len(parts)
+        loss_sum = self._precise.clone()
+        for number, (batch, own) in enumerate(zip(parts, counts, strict=True), start=1):
             loss_sum += self._micro_batch(
-                batch, step, share=counted / sum(counts), probed=number == 1 and self._overhead.is_due(step),
+                batch, step, share=own / counted, probed=number == probed and self._overhead.is_due(step),
                 last=number == len(parts),
             )  # fmt: skip
         lr = self._take_optimizer_step(step)
         if self.manager.should_save_metrics(step):
             self.manager.save_metrics(step)
-        return StepResult(float(loss_sum) / sum(counts), sum(counts), lr)
+        loss, *scores = self.world.sum(torch.stack([loss_sum, *self._score_sums()])).tolist()
+        return StepResult(loss / counted, counted, lr, (scores[0], scores[1], scores[2]))
+
+    def _score_sums(self) -> list[torch.Tensor]:
+        """Of this process's scores: their sum, how many are negative, and how many there are."""
+        scores = self.manager.scores if self.cfg.engine.name != "regular" else torch.zeros(0)
+        sums = [scores.sum(), (scores < 0).sum(), torch.tensor(scores.numel())]
+        return [value.to(self._precise) for value in sums]
 
     def _micro_batch(self, batch: Batch, step: int, share: float, probed: bool, last: bool) -> torch.Tensor:
         """Forward and scored backward; returns the training rows' summed loss, 0-dim."""
         began = self._overhead.now() if probed else 0.0
         X, Y = self.task.place(batch.inputs, batch.labels)
-        with self.manager.step(X, Y, batch_idx=batch.index, iteration=step, share=share, last=last) as scored:
+        micro_batch = self.manager.step(
+            X, Y, batch_idx=batch.index, iteration=step, share=share, last=last
+        )  # fmt: skip
+        with micro_batch as scored, gradient_sync(self.wrapped, last):
             loss = self.task.loss(self.model, scored.X, scored.Y)
             scored.backward(loss.mean)
         if probed:
@@ -157,49 +180,59 @@ class TrainingLoop:
             TRAIN_LOSS: result.loss,
             "train/lr": result.lr,
             f"train/{counted}_per_second": result.counted / seconds,
-            "memory/peak_gb": peak_memory_bytes() / 1e9,
-        }
-        device_memory = peak_device_memory_bytes(self.task.device)
-        if device_memory is not None:
-            metrics["memory/peak_device_gb"] = device_memory / 1e9
+        } | self._memory()
         if self.scaler.is_enabled():
             metrics["train/loss_scale"] = self.scaler.get_scale()
         if self._overhead.share is not None:
             metrics["scoring/overhead"] = self._overhead.share
         if self.cfg.engine.name != "regular":
-            scores = self.manager.scores
-            metrics |= {
-                "scores/mean": float(scores.mean()),
-                "scores/negative_share": float((scores < 0).float().mean()),
-            }
+            total, negative, number = result.scores
+            metrics |= {"scores/mean": total / number, "scores/negative_share": negative / number}
         return metrics
+
+    def _memory(self) -> dict[str, float]:
+        """What the process that takes most of it has taken."""
+        device_memory = peak_device_memory_bytes(self.task.device)
+        peaks = torch.tensor([peak_memory_bytes(), device_memory or 0], dtype=torch.float64)
+        host, on_device = (self.world.max(peaks) / 1e9).tolist()
+        found = {"memory/peak_gb": host}
+        return found if device_memory is None else found | {"memory/peak_device_gb": on_device}
 
     def evaluate(self) -> dict[str, float]:
         """The mean losses over all held-out samples, by metric."""
-        return held_out_losses(self.model, self.val, self.test, self.task, self.cfg.trainer.eval_batch_size)
+        return held_out_losses(
+            self.model, self.val, self.test, self.task, self.cfg.trainer.eval_batch_size, self.world
+        )
 
 
 def held_out_losses(
-    model: nn.Module, val: SampleSet, test: SampleSet | None, task: Task, batch_size: int
-) -> dict[str, float]:
+    model: nn.Module, val: SampleSet, test: SampleSet | None, task: Task, batch_size: int,
+    world: World = ALONE,
+) -> dict[str, float]:  # fmt: skip
     """The mean losses over all validation samples and, where there are some, all test samples, by metric."""
-    losses = {VAL_LOSS: evaluate(model, val, task, batch_size)}
+    losses = {VAL_LOSS: evaluate(model, val, task, batch_size, world)}
     if test is not None:
-        losses[TEST_LOSS] = evaluate(model, test, task, batch_size)
+        losses[TEST_LOSS] = evaluate(model, test, task, batch_size, world)
     return losses
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, samples: SampleSet, task: Task, batch_size: int) -> float:
-    """The mean loss over all samples, in evaluation mode; every layer's own mode is put back."""
+def evaluate(
+    model: nn.Module, samples: SampleSet, task: Task, batch_size: int, world: World = ALONE
+) -> float:  # fmt: skip
+    """The mean loss over all samples, in evaluation mode; every layer's own mode is put back. Processes share
+    the samples.
+    """
     trained = [module for module in model.modules() if module.training]
     model.eval()
-    total, counted = 0.0, 0
-    for batch in eval_batches(samples, batch_size):
+    sums = torch.zeros(2, dtype=torch.float64)  # of the losses, and of what they count
+    for batch, counts in shared_eval_batches(samples, batch_size, world):
         loss = task.loss(model, *task.place(batch.inputs, batch.labels))
-        total += float(loss.row_sums.sum())
-        counted += int(loss.row_counts.sum())
+        if counts:
+            sums[0] += float(loss.row_sums.sum())
+            sums[1] += int(loss.row_counts.sum())
     # Not model.train(): BatchNorm layers stay in evaluation mode.
     for module in trained:
         module.training = True
+    total, counted = world.sum(sums).tolist()
     return total / counted

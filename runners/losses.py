@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ghost import LossReduction
 from ghost.batch import Inputs, Items, plain, to_device
 from ghost.loss import IGNORED_LABEL
+from ghost.manager import unwrap
 from runners.choices import TaskName
 from runners.models import parameter_dtype
 from runners.tasks import model_task
@@ -46,7 +47,8 @@ def language_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Loss:
 def seq2seq_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Loss:
     """Cross-entropy of target tokens `[b, T]`, each predicted from the source and the targets before it."""
     assert isinstance(X, dict)
-    before: Tensor = model.prepare_decoder_input_ids_from_labels(Y)  # type: ignore[operator]  # [b, T]
+    own: Any = unwrap(model)  # a wrapper of several processes has only the forward
+    before: Tensor = own.prepare_decoder_input_ids_from_labels(Y)  # [b, T]
     return _token_loss(model(**X, decoder_input_ids=before).logits, Y)
 
 

@@ -43,7 +43,7 @@ class OverheadMeter:
         self._shares: list[float] = []
 
     def is_due(self, step: int) -> bool:
-        """Whether this step's first micro-batch is compared."""
+        """Whether a micro-batch of this step is compared."""
         return step in self._steps
 
     @property
@@ -52,18 +52,20 @@ class OverheadMeter:
         return statistics.median(self._shares) if self._shares else None
 
     def compare(self, probe: Probe, optimizer_seconds: float) -> None:
-        """Run the plain pass; weights, gradients and random state stay as they are.
+        """Run the plain pass, with no gradients held before or after it; weights and random state stay as
+        they are. Of several processes all run it at once, behind a step's last micro-batch, so that it sums
+        gradients over them as that does.
 
         Args:
             optimizer_seconds: How long an optimizer step takes.
         """
         began = self.now()
-        params = [p for p in self._model.parameters() if p.requires_grad]
         with torch.random.fork_rng(self._task.cuda_devices()):
             for _ in range(self._warm_ups + 1):
                 pass_began = self.now()
-                # Some are unused: a vision tower's, in a batch without images.
-                torch.autograd.grad(self._task.mean(self._model, probe.X, probe.Y), params, allow_unused=True)
+                self._task.mean(self._model, probe.X, probe.Y).backward()
+                for parameter in self._model.parameters():
+                    parameter.grad = None
         ended = self.now()
         plain = ended - pass_began
         self._warm_ups = 0

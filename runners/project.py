@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conf.errors import ConfigError
@@ -25,40 +24,60 @@ from runners.project_summary import measure_distortion, show_projection, typed_o
 from runners.projection_store import describe_store, open_writer, refuse_other_store, row_bytes, store_folder
 from runners.report import leave_report
 from runners.summary import replay_command
-from runners.tracking import NullTracker, build_tracker
-from runners.train import build_placed, prepare_machine, record_setup
+from runners.together import EndingTogether, wait_for_all
+from runners.tracking import NullTracker
+from runners.train import build_placed, prepare_machine, record_setup, run_tracker
+from runners.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
 
-def project(cfg: DictConfig) -> None:
+def project(cfg: DictConfig, world: World) -> None:
     """Project this rank's part of the training samples, from where the store ends.
 
     Raises:
         ConfigError, DataError, GhostError: The config, the data, the model or the store cannot work.
     """
+    typed, cfg = cfg, with_rank(cfg, world)
     out, folder = Path(cfg.output_dir), store_folder(cfg)
-    device = prepare_machine(cfg)
-    refuse_other_store(cfg, folder)
-    with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
-        data = build_data(cfg.data)
+    device = world.agreed(lambda: prepare_machine(cfg, world))
+    world.on_main(lambda: refuse_other_store(cfg, folder))
+    with run_tracker(cfg, out, world) as tracker, EndingTogether(world):
+        data = world.agreed(lambda: build_data(cfg.data))
         log.info("%s", data.description)
         part = part_of(len(data.train), cfg.trainer.batch_size, cfg.engine.rank, cfg.engine.world_size)
         # In evaluation mode: with dropout a row would depend on the random numbers of the pass.
         model = build_placed(cfg, data, device).eval()
-        if OmegaConf.select(cfg, "model.path") is None:
+        if world.is_main and OmegaConf.select(cfg, "model.path") is None:
             place = "model.path=null" if cfg.model.kind == "hf" else f"model={cfg.model.name}"
             log.warning("%s: these are gradients at a random start (seed=%d).", place, cfg.seed)
         task = build_task(cfg, device)
         engine = GradProjLoRAEngine(model, projection_config(cfg, task))
-        record_coverage(engine, out / "coverage.json")
+        if world.is_main:
+            record_coverage(engine, out / "coverage.json")
         writer = open_writer(cfg, folder, engine, data)
-        with Resumable(cfg, folder), writer:
-            warn_of_space(folder, len(data.train) * row_bytes(engine.layout, str(cfg.engine.storage)))
-            describe_store(cfg, folder, data, OmegaConf.select(cfg, "data.seq_len"))
-            record_setup(cfg, out, device, data, tracker)
-            Projection(cfg, engine, task, writer, tracker, data.train, part).run()
-        finish(cfg, out, folder, engine, data, task, tracker, last_step=len(part))
+        with Resumable(cfg, folder, world), writer:
+            if world.is_main:
+                warn_of_space(folder, len(data.train) * row_bytes(engine.layout, str(cfg.engine.storage)))
+                describe_store(cfg, folder, data, OmegaConf.select(cfg, "data.seq_len"))
+            world.on_main(lambda: record_setup(typed, out, device, data, tracker, world=world))
+            Projection(cfg, engine, task, writer, tracker, data.train, part, world).run()
+        if engine.uncounted:
+            log.warning(
+                "%d samples have no label that the loss counts: their rows are zeros.", engine.uncounted
+            )
+        wait_for_all(world)
+        if world.is_main:
+            finish(cfg, out, folder, engine, data, task, tracker, last_step=len(part), world=world)
+
+
+def with_rank(cfg: DictConfig, world: World) -> DictConfig:
+    """The config with the part of the corpus that falls to this one of several processes."""
+    if world.world_size == 1:
+        return cfg
+    own = cfg.copy()
+    own.engine.rank, own.engine.world_size = world.rank, world.world_size
+    return own
 
 
 def part_of(samples: int, batch_size: int, rank: int, world_size: int) -> range:
@@ -71,7 +90,7 @@ def part_of(samples: int, batch_size: int, rank: int, world_size: int) -> range:
     if batches < world_size:
         raise ConfigError(
             f"engine.world_size={world_size} is more than the {batches} batches of trainer.batch_size="
-            f"{batch_size} in {samples} samples: type {batches} or less"
+            f"{batch_size} in {samples} samples: type {batches} or less, or start so few processes"
         )
     return range(batches * rank // world_size, batches * (rank + 1) // world_size)
 
@@ -138,6 +157,7 @@ class Projection:
     tracker: NullTracker
     samples: SampleSet
     part: range
+    world: World = ALONE
 
     def run(self) -> None:
         """Project what the store does not have yet."""
@@ -148,13 +168,13 @@ class Projection:
             self.samples, trainer.batch_size, self.part[ready:], self.cfg.data.num_workers
         )
         first, last = self.part.start * trainer.batch_size, self._end(self.part.stop)
-        with self.engine.attached(), ProjectionLine(last - first, sys.stderr) as line:
+        with self.engine.attached(), ProjectionLine(last - first, self.world.terminal()) as line:
             for step, batch in enumerate(batches, start=ready + 1):
                 X, Y = self.task.place(batch.inputs, batch.labels)
                 self.writer.append(batch.index, self.engine.project(X, Y, self.task.mean))
                 done = self._end(self.part.start + step) - first
                 rate = line.update(done, self.writer.bytes_written, peak_memory_bytes())
-                if step % self.cfg.engine.save_every == 0 or step == len(self.part):
+                if self.world.is_main and (step % self.cfg.engine.save_every == 0 or step == len(self.part)):
                     self._log_metrics(step, rate)
 
     def _end(self, batch: int) -> int:
@@ -174,9 +194,10 @@ class Projection:
 class Resumable:
     """Says, where a pass ends early, that what is written stays, and what to type to go on."""
 
-    def __init__(self, cfg: DictConfig, folder: Path) -> None:
-        self.folder = folder
-        self.command = replay_command([*typed_overrides(), f"engine.store={folder}"], sys.argv[0])
+    def __init__(self, cfg: DictConfig, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        overrides = [*typed_overrides(), f"engine.store={folder}"]
+        self.command = replay_command(overrides, sys.argv[0], world.command)
 
     def __enter__(self) -> None:
         log.info("Writing to %s; if this run is killed, go on with: %s", self.folder, self.command)
@@ -184,7 +205,7 @@ class Resumable:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        if error is not None and self.world.is_main:
             log.error(
                 "The pass has ended early; whole shards are safe in %s. Go on with: %s",
                 self.folder,
@@ -201,10 +222,9 @@ def finish(
     task: Task,
     tracker: NullTracker,
     last_step: int,
+    world: World,
 ) -> None:
     """What a written part is worth: numbers in the record, and the closing report."""
-    if engine.uncounted:
-        log.warning("%d samples have no label that the loss counts: their rows are zeros.", engine.uncounted)
     store = ProjectionStore.open(folder)
     metrics = {"projection/samples": float(len(store)), "projection/gb_stored": store.nbytes / 1e9}
     distortion = None
@@ -217,4 +237,4 @@ def finish(
     tracker.log_artifacts(out)
     tracker.log_store(folder)
     tracker.finish()
-    show_projection(cfg, out, store, data.train, distortion, tracker, sys.argv[0])
+    show_projection(cfg, out, store, data.train, distortion, tracker, sys.argv[0], world)

@@ -22,6 +22,7 @@ from runners.queries import text_tokenizer
 from runners.report import REPORT_FILE
 from runners.summary import print_line, print_ways_on, replay_command
 from runners.tracking import NullTracker
+from runners.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def show_projection(
     distortion: Distortion | None,
     tracker: NullTracker,
     script: str,
+    world: World = ALONE,
 ) -> None:
     """Print examples of nearest samples, the distortion, paths and commands."""
     console = Console()
@@ -86,8 +88,8 @@ def show_projection(
     }
     if store.complete:
         ways["Delete from it"] = delete_command(store)
-    if cfg.engine.world_size == 1:  # into another folder, since this store is complete
-        ways["Run it again"] = replay_command(typed_overrides(), script)
+    if cfg.engine.world_size == world.world_size:  # into another folder, since this store is complete
+        ways["Run it again"] = replay_command(typed_overrides(), script, world.command)
     print_ways_on(console, ways, tracker.ui_command(), tracker.run_url())
 
 

@@ -19,7 +19,9 @@ from conf.schema import key, schema_node
 from runners.choices import RetrainEngine
 from runners.cli import CheckBeforeRun
 from runners.config import LayersConfig, RegularEngine, RunConfig
+from runners.launch import launched
 from runners.validate import check, refuse_unknown_keys
+from runners.validate_world import check_one_process
 
 LEAST_SIGN_SEEDS = 2
 
@@ -68,6 +70,7 @@ class CheckBeforeRetraining(CheckBeforeRun):
     """Refuses an impossible config before the run directory is made."""
 
     def check(self, config: DictConfig) -> None:
+        check_one_process(config, launched())
         check_retrain(config)
 
 

@@ -111,9 +111,13 @@ def domain_values(rows: Iterable[SampleValue]) -> list[DomainValue]:
     return sorted(summed, key=lambda domain: -domain.mean)
 
 
-def replay_command(hydra_overrides: Sequence[str], script: str = "run.py") -> str:
-    """The shell command that starts a run with these Hydra overrides; `script` as the user typed it."""
-    return shlex.join(["python", script, *hydra_overrides])
+def replay_command(
+    hydra_overrides: Sequence[str], script: str = "run.py", launcher: Sequence[str] = ("python",)
+) -> str:
+    """The shell command that starts a run with these Hydra overrides; `script` as the user typed it, and
+    `launcher` what was typed before it.
+    """
+    return shlex.join([*launcher, script, *hydra_overrides])
 
 
 def _rows(values: pa.Table | Sequence[Mapping[str, Any]]) -> list[SampleValue]:

@@ -37,28 +37,37 @@ from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
 from runners.report import leave_report, record_environment
 from runners.summary import print_summary, replay_command
+from runners.together import EndingTogether
 from runners.tracking import MODEL_FOLDER, NullTracker, build_tracker, flatten
 from runners.values import VALUES_FILE, VALUES_SCHEMA, write_columns, write_values
 from runners.world import ALONE, World
+from runners.wrapping import checkpoint_activations, wrapped
 
 log = logging.getLogger(__name__)
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def run(cfg: DictConfig) -> float:
-    """Train (or evaluate) as configured; returns the final validation loss.
+def run(cfg: DictConfig, world: World) -> float:
+    """Train (or evaluate) as configured; returns the final validation loss, the same on every process.
 
     Raises:
         ConfigError, DataError, GhostError: The config, the data or the model cannot work, before training
             starts.
     """
     out = Path(cfg.output_dir)
-    with build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd)) as tracker:
-        data, val_loss = recorded_run(cfg, tracker, world=ALONE)
-        if not cfg.trainer.eval_only:
-            show_summary(cfg, out, data, tracker)
+    with run_tracker(cfg, out, world) as tracker, EndingTogether(world):
+        data, val_loss = recorded_run(cfg, tracker, world=world)
+        if world.is_main and not cfg.trainer.eval_only:
+            show_summary(cfg, out, data, tracker, world)
         return val_loss
+
+
+def run_tracker(cfg: DictConfig, out: Path, world: World) -> NullTracker:
+    """The configured tracker on the main process; on the others one that is never told anything."""
+    if not world.is_main:
+        return NullTracker(out)
+    return build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd))
 
 
 def recorded_run(
@@ -70,21 +79,22 @@ def recorded_run(
     out = Path(cfg.output_dir)
     if not is_scored(cfg):
         log.info("engine=regular scores nothing: the other engine.* keys have no effect.")
-    device = prepare_machine(cfg)
-    data = build_data(cfg.data)
+    device = world.agreed(lambda: prepare_machine(cfg, world))
+    data = world.agreed(lambda: build_data(cfg.data))
     log.info("%s", data.description)
     model = build_placed(cfg, data, device)
-    record_setup(cfg, out, device, data, tracker, tags)
+    world.on_main(lambda: record_setup(cfg, out, device, data, tracker, tags, world))
     if cfg.trainer.eval_only:
-        val_loss = evaluate_only(cfg, model, data, device, tracker)
-        leave_report(out, None)
+        val_loss = evaluate_only(cfg, wrapped(model, cfg, world, device), data, device, tracker, world)
     else:
         val_loss = train(cfg, out, model, data, device, tracker, world)
-        write_results(cfg, out, data)
         if cfg.trainer.save_model:
-            save_model(model, out / MODEL_FOLDER)
-    tracker.log_artifacts(out)
-    tracker.finish()
+            save_model(model, out / MODEL_FOLDER, world)
+    world.barrier()  # all score shards are written
+    if world.is_main:
+        leave_results(cfg, out, data)
+        tracker.log_artifacts(out)
+        tracker.finish()
     return data, val_loss
 
 
@@ -96,8 +106,8 @@ def build_placed(cfg: DictConfig, data: DataBundle, device: torch.device) -> nn.
     return model
 
 
-def prepare_machine(cfg: DictConfig) -> torch.device:
-    """Seeds, threads, and the device that the run takes.
+def prepare_machine(cfg: DictConfig, world: World = ALONE) -> torch.device:
+    """Seeds, threads, and the device that this process takes.
 
     Raises:
         ConfigError: There is no such device.
@@ -112,7 +122,21 @@ def prepare_machine(cfg: DictConfig) -> torch.device:
         raise ConfigError(
             "hardware.device=cuda, but PyTorch sees no CUDA device here: use hardware=auto or hardware=cpu."
         )
-    return torch.device(found if cfg.hardware.device == "auto" else str(cfg.hardware.device))
+    kind = found if cfg.hardware.device == "auto" else str(cfg.hardware.device)
+    if kind == "cpu" and cfg.hardware.offload:
+        raise ConfigError(
+            "hardware.offload=true moves weights off a GPU, and the run is on the CPU: type false"
+        )
+    if kind == "cpu" or world.world_size == 1:
+        return torch.device(kind)
+    if world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"hardware.device={cfg.hardware.device}: this machine has {torch.cuda.device_count()} GPUs, and "
+            f"process {world.local_rank} on it, counted from 0, has none: start as many as there are GPUs, "
+            "or type hardware.device=cpu"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device(kind, world.local_rank)
 
 
 def record_setup(
@@ -122,6 +146,7 @@ def record_setup(
     data: DataBundle,
     tracker: NullTracker,
     further_tags: Mapping[str, str] | None = None,
+    world: World = ALONE,
 ) -> None:
     """Start the record: resolved config, code state, versions, device, seed and data."""
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
@@ -136,6 +161,7 @@ def record_setup(
     tags |= {
         "device": device_description(device),
         "seed": str(cfg.seed),
+        "world_size": str(world.world_size),
         "data.fingerprint": data.fingerprint,
     }
     tags |= further_tags or {}
@@ -145,12 +171,14 @@ def record_setup(
 
 
 def evaluate_only(
-    cfg: DictConfig, model: nn.Module, data: DataBundle, device: torch.device, tracker: NullTracker
-) -> float:
+    cfg: DictConfig, model: nn.Module, data: DataBundle, device: torch.device, tracker: NullTracker,
+    world: World,
+) -> float:  # fmt: skip
     """The validation loss of the model as it is."""
     task = build_task(cfg, device)
-    losses = held_out_losses(model, data.val, data.test, task, cfg.trainer.eval_batch_size)
-    tracker.log_metrics(0, losses)
+    losses = held_out_losses(model, data.val, data.test, task, cfg.trainer.eval_batch_size, world)
+    if world.is_main:
+        tracker.log_metrics(0, losses)
     log.info("Validation loss %.4f over %d samples", losses[VAL_LOSS], len(data.val))
     return losses[VAL_LOSS]
 
@@ -161,29 +189,39 @@ def train(
 ) -> float:  # fmt: skip
     """The training loop around the configured engine; returns the final validation loss."""
     task = build_task(cfg, device)
-    optimizer = build_optimizer(cfg.optimizer, model)
     batches = train_batches(
-        data.train, cfg.trainer.batch_size, cfg.seed, cfg.data.shuffle, cfg.data.num_workers
+        data.train, cfg.trainer.batch_size, cfg.seed, cfg.data.shuffle, cfg.data.num_workers, world=world
     )
     val_data = validation_data(cfg, data, task)
     config = ghost_config(cfg, out, task)
-    if is_scored(cfg):
+    if is_scored(cfg) and world.is_main:  # before the model is split
         write_coverage(model, config, task, val_data, out / "coverage.json")
+    if cfg.trainer.activation_checkpointing:
+        checkpoint_activations(model, cfg.model.name)
+    model = wrapped(model, cfg, world, device)
+    draw_apart(cfg.seed, world)
+    optimizer = build_optimizer(cfg.optimizer, model)
     scaler = build_scaler(cfg, device)
     manager = GhostEngineManager(
         config, model, optimizer, val_data=val_data, loss_fn=task.mean, scaler=scaler
     )
     called: Any = torch.compile(model) if cfg.trainer.compile else model
     try:
-        with StatusLine(cfg.trainer.max_steps, sys.stderr) as status:
+        with StatusLine(cfg.trainer.max_steps, world.terminal()) as status:
             loop = TrainingLoop(
-                cfg=cfg, model=called, task=task, manager=manager, optimizer=optimizer, scaler=scaler,
-                schedule=build_schedule(cfg.trainer, optimizer), batches=batches, val=data.val,
+                cfg=cfg, model=called, wrapped=model, task=task, manager=manager, optimizer=optimizer,
+                scaler=scaler, schedule=build_schedule(cfg.trainer, optimizer), batches=batches, val=data.val,
                 test=data.test, tracker=tracker, status=status, world=world,
             )  # fmt: skip
             return loop.run()
     finally:
         manager.cleanup()
+
+
+def draw_apart(seed: int, world: World) -> None:
+    """Dropout draws other numbers in each process; until now all have drawn the same weights."""
+    if world.world_size > 1:
+        torch.manual_seed(int(np.random.SeedSequence([seed, world.rank]).generate_state(1)[0]))
 
 
 def validation_data(cfg: DictConfig, data: DataBundle, task: Task) -> Any:
@@ -239,8 +277,11 @@ def write_coverage(model: nn.Module, config: GhostConfig, task: Task, val_data: 
         log.info("%s", line)
 
 
-def write_results(cfg: DictConfig, out: Path, data: DataBundle) -> None:
+def leave_results(cfg: DictConfig, out: Path, data: DataBundle) -> None:
     """Values of a scored run, the plots, and the report."""
+    if cfg.trainer.eval_only:
+        leave_report(out, None)
+        return
     if is_scored(cfg):
         write_values(out, data.train)
         if is_resolved(cfg):
@@ -262,13 +303,13 @@ def report_previews(out: Path, data: DataBundle) -> dict[str, str]:
     return {sample_id: preview(sample_id) for sample_id in shown}
 
 
-def show_summary(cfg: DictConfig, out: Path, data: DataBundle, tracker: NullTracker) -> None:
+def show_summary(cfg: DictConfig, out: Path, data: DataBundle, tracker: NullTracker, world: World) -> None:
     """The closing tables on the console."""
     values = pq.read_table(out / VALUES_FILE) if is_scored(cfg) else VALUES_SCHEMA.empty_table()
     notes = [score_note(OmegaConf.to_container(cfg, resolve=True))] if is_scored(cfg) else []  # type: ignore[arg-type]
     print_summary(
         out, values, _previews(data) if cfg.preview else None, tracker.ui_command(), tracker.run_url(),
-        replay_command(list(HydraConfig.get().overrides.task), sys.argv[0]), notes, Console(),
+        replay_command(list(HydraConfig.get().overrides.task), sys.argv[0], world.command), notes, Console(),
     )  # fmt: skip
 
 

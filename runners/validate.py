@@ -18,6 +18,7 @@ from conf.refuse import refuse as _refuse
 from runners.tasks import refuse_other_task
 from runners.validate_data import check_data
 from runners.validate_projection import check_projection, refuse_test_samples
+from runners.validate_world import check_hardware
 
 # Whole numbers and their smallest sensible value; null is allowed where the schema allows it.
 SMALLEST = {
@@ -43,6 +44,7 @@ SMALLEST = {
     "engine.rank": 0,
     "engine.distortion_samples": 0,
     "hardware.threads": 1,
+    "hardware.processes": 1,
     "trainer.max_steps": 1,
     "trainer.batch_size": 1,
     "trainer.gradient_accumulation_steps": 1,
@@ -68,6 +70,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.engine.name != "gradprojlora":
         _trainer(cfg)
     _verify(cfg)
+    check_hardware(cfg)
     _model(cfg)
 
 
@@ -285,6 +288,12 @@ def _trainer(cfg: DictConfig) -> None:
             "trainer.save_model",
             f"has no use for model={cfg.model.name}, which has no model.path to load them by: type false",
         )
+    if trainer.activation_checkpointing and cfg.model.kind != "hf":
+        _refuse(
+            cfg,
+            "trainer.activation_checkpointing",
+            f"is for Hugging Face's models, and model={cfg.model.name} is none: type false",
+        )
     train_samples = OmegaConf.select(cfg, "data.train_samples")
     if train_samples is not None and trainer.batch_size > train_samples:
         _refuse(
@@ -301,6 +310,7 @@ def _eval_only(cfg: DictConfig) -> None:
         "report_text": False,
         "trainer.compile": False,
         "trainer.save_model": False,
+        "trainer.activation_checkpointing": False,
         "engine.bitwise": False,
         "layers.include": ["*"],
         "layers.exclude": [],

@@ -12,6 +12,7 @@ IDLE: dict[str, object] = {
     "trainer.eval_only": False,
     "trainer.save_model": False,
     "trainer.compile": False,
+    "trainer.activation_checkpointing": False,
     "trainer.gradient_accumulation_steps": 1,
 }
 

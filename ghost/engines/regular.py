@@ -11,7 +11,6 @@ class RegularEngine(Engine):
     """Leaves model and batches alone."""
 
     name = "regular"
-    step_wide = False
 
     def attach(self) -> None:
         """Nothing to make ready."""

@@ -17,6 +17,7 @@ from ghost.atomic import written_beside
 from ghost.batch import Items
 from ghost.loss import IGNORED_LABEL
 from runners.data.base import Batch, Inputs, Item, Layout, SampleInputs, SampleSet
+from runners.world import ALONE, World
 
 ROWS_PER_WRITE = 65_536
 
@@ -26,9 +27,13 @@ SAMPLES_SCHEMA = pa.schema(
 
 
 def train_batches(
-    train: SampleSet, batch_size: int, seed: int, shuffle: bool, num_workers: int, start_step: int = 0
-) -> Iterator[Batch]:
+    train: SampleSet, batch_size: int, seed: int, shuffle: bool, num_workers: int, start_step: int = 0,
+    world: World = ALONE,
+) -> Iterator[Batch]:  # fmt: skip
     """The endless stream of full training batches, from step `start_step` on.
+
+    Several processes deal the one stream's batches out in turn: step s of rank r has its batch number
+    `s * world_size + r`.
 
     Each epoch is a fresh permutation drawn from (seed, epoch), or the samples' own order without `shuffle`.
     The epochs follow each other without a gap: a batch may hold the end of one and the start of the next, so
@@ -42,7 +47,7 @@ def train_batches(
             f"trainer.batch_size={batch_size} exceeds the {len(train)} training samples, so a batch would "
             f"hold a sample twice; use at most {len(train)}, or more data."
         )
-    sampler = EpochBatches(len(train), batch_size, seed, shuffle, start_step)
+    sampler = EpochBatches(len(train), batch_size, seed, shuffle, start_step, world)
     return _loaded(train, sampler, num_workers)
 
 
@@ -61,9 +66,25 @@ def val_batches_by_domain(val: SampleSet) -> dict[str, Batch]:
 
 def eval_batches(samples: SampleSet, batch_size: int) -> Iterator[Batch]:
     """All rows once, in order; the last batch may be short."""
-    for start in range(0, len(samples), batch_size):
-        rows = range(start, min(start + batch_size, len(samples)))
-        yield collate([samples[i] for i in rows], samples.layout)
+    for number in range(-(-len(samples) // batch_size)):
+        yield _eval_batch(samples, batch_size, number)
+
+
+def shared_eval_batches(samples: SampleSet, batch_size: int, world: World) -> Iterator[tuple[Batch, bool]]:
+    """This process's every so many of `eval_batches`, each with whether it counts.
+
+    Every process gets as many as the others, since a split model's forward needs all of them; a batch that
+    only fills up the number does not count.
+    """
+    batches = -(-len(samples) // batch_size)
+    for first in range(0, batches, world.world_size):
+        number = first + world.rank
+        yield _eval_batch(samples, batch_size, number if number < batches else 0), number < batches
+
+
+def _eval_batch(samples: SampleSet, batch_size: int, number: int) -> Batch:
+    rows = range(number * batch_size, min((number + 1) * batch_size, len(samples)))
+    return collate([samples[i] for i in rows], samples.layout)
 
 
 def ordered_batches(samples: SampleSet, batch_size: int, numbers: range, num_workers: int) -> Iterator[Batch]:
@@ -89,22 +110,30 @@ def _loaded(samples: SampleSet, batches: Iterable[list[int]], num_workers: int) 
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Endless batches of positions in `range(size)`; an epoch's permutation depends on (seed, epoch)."""
+    """One process's endless batches of positions in `range(size)`; an epoch's permutation depends on
+    (seed, epoch).
+    """
 
-    def __init__(self, size: int, batch_size: int, seed: int, shuffle: bool, start_step: int) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, shuffle: bool, start_step: int, world: World
+    ) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.start_step = start_step
+        self.world = world
 
     def __iter__(self) -> Iterator[list[int]]:
         positions = self._positions()
+        own = slice(self.world.rank * self.batch_size, (self.world.rank + 1) * self.batch_size)
         while True:
-            yield list(islice(positions, self.batch_size))
+            yield list(islice(positions, self.world.world_size * self.batch_size))[own]
 
     def _positions(self) -> Iterator[int]:
-        epoch, offset = divmod(self.start_step * self.batch_size, self.size)
+        """What all processes take, in order."""
+        taken = self.start_step * self.world.world_size * self.batch_size
+        epoch, offset = divmod(taken, self.size)
         while True:
             yield from self._epoch(epoch)[offset:]
             epoch, offset = epoch + 1, 0

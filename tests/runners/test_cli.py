@@ -28,7 +28,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
         3: KeyboardInterrupt(),
     }
 
-    def run(cfg: DictConfig) -> float:
+    def run(cfg: DictConfig, *_: object) -> float:
         OmegaConf.resolve(cfg)  # output_dir is known only while the job runs
         configs.append(cfg)
         if cfg.seed in ends:

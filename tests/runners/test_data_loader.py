@@ -7,7 +7,8 @@ import torch
 from conf.errors import ConfigError
 from runners.choices import TaskName
 from runners.data.base import DataBundle, Item, SampleSet, token_rows
-from runners.data.loader import eval_batches, train_batches, val_batch, write_samples
+from runners.data.loader import eval_batches, shared_eval_batches, train_batches, val_batch, write_samples
+from runners.world import World
 
 
 class Counting(SampleSet):
@@ -75,6 +76,33 @@ def test_starting_a_stream_leaves_the_global_random_state_alone():
 def test_a_stream_started_late_goes_on_as_the_whole_one(start):
     samples = Counting(11)
     assert indices(samples, 6, start_step=start) == indices(samples, start + 6)[start:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_deal_out_the_one_stream(world_size, shuffle, num_workers):
+    samples, steps = Counting(11), 6
+    ranks = [
+        indices(samples, steps, shuffle=shuffle, num_workers=num_workers, world=World(rank, world_size))
+        for rank in range(world_size)
+    ]
+    dealt = [batch for step in zip(*ranks, strict=True) for batch in step]
+    assert dealt == indices(samples, steps * world_size, shuffle=shuffle)
+
+
+def test_a_process_started_late_goes_on_as_the_whole_stream():
+    samples, world = Counting(11), World(1, 3)
+    assert indices(samples, 4, start_step=5, world=world) == indices(samples, 9, world=world)[5:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_processes_share_an_evaluation_and_take_as_many_batches_each(world_size):
+    samples = Counting(11)
+    ranks = [list(shared_eval_batches(samples, 3, World(rank, world_size))) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    counted = [batch.index.tolist() for turn in zip(*ranks, strict=True) for batch, counts in turn if counts]
+    assert counted == [batch.index.tolist() for batch in eval_batches(samples, 3)]
 
 
 def test_a_batch_larger_than_the_set_is_refused():

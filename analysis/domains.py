@@ -81,7 +81,7 @@ class DomainSums:
 
 
 def domain_trajectories(run: Run) -> DomainTrajectories:
-    """Sum the score rows by step and domain; rows that are not finite are left out, as in `values.parquet`.
+    """Sum the score rows by step and domain; rows that are not finite are left out.
 
     Raises:
         AnalysisError: a file is missing or damaged, or a score row belongs to no sample.

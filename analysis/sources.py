@@ -214,6 +214,39 @@ def _directory(run: "TrackedRun") -> Path | None:
     return folder if made_by == run.info.run_id else None
 
 
+def directory_of_tracked(run_id: str, address: str) -> Path:
+    """Where the MLflow run of this id writes its files, on this machine.
+
+    Args:
+        address: The tracking store, resolved.
+
+    Raises:
+        ConfigError: The store has no such run, or the directory is not here.
+    """
+    database = sqlite_path(address)
+    shown = without_password(address)
+    if database is not None and not database.exists():  # MLflow would make an empty store and look in it
+        raise ConfigError(f"run {run_id}: there is no tracking store {database}, give tracking.uri=STORE")
+    prepare_mlflow()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        run = MlflowClient(tracking_uri=address).get_run(run_id)
+    except MlflowException as error:
+        raise ConfigError(
+            f"run {run_id} is not in {shown} ({one_line(error)}): give the id of a run in it, or "
+            "tracking.uri=STORE"
+        ) from error
+    directory = _directory(run)
+    if directory is None:
+        raise ConfigError(
+            f"run {run_id} of {shown} wrote to {run.data.params.get('output_dir')}, which is not on this "
+            "machine or holds another run now: go on where it is"
+        )
+    return directory
+
+
 def _local(uri: str) -> Path | None:
     """The folder of an artifact address on this machine; None for any other."""
     parsed = urlparse(uri)

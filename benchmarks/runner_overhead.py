@@ -29,8 +29,13 @@ from runners.losses import build_task
 from runners.models import build_model
 from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
+from runners.resume.checkpoints import Checkpoints
+from runners.resume.keeping import Keeping
+from runners.resume.signals import StopSignals
+from runners.resume.state import Trained
 from runners.tracking import build_tracker
 from runners.train import ghost_config
+from runners.world import ALONE
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -80,6 +85,7 @@ def measure(overrides: list[str], steps: int, out: Path) -> dict[str, object]:
         f"trainer.max_steps={steps + 3}",
         "trainer.overhead_probes=0",
         f"trainer.eval_every={10**6}",
+        "trainer.checkpoint_every=null",
         f"output_dir={out}",
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -88,13 +94,16 @@ def measure(overrides: list[str], steps: int, out: Path) -> dict[str, object]:
     side = SideBySide(cfg, data, out / "bare")
     model = build_model(cfg.model, data.vocab_size, data.input_shape, data.num_classes)
     optimizer = build_optimizer(cfg.optimizer, model)
+    schedule, scaler = build_schedule(cfg.trainer, optimizer), build_scaler(cfg, torch.device("cpu"))
     with build_tracker(cfg.tracking, out, out) as tracker, StatusLine(steps + 3, io.StringIO()) as status:
         tracker.start({}, {})
+        trained = Trained(model, optimizer, schedule, scaler, [])
         TrainingLoop(
             cfg=cfg, model=model, task=build_task(cfg, torch.device("cpu")),
             manager=manager(cfg, data, model, optimizer, out), optimizer=optimizer,
-            schedule=build_schedule(cfg.trainer, optimizer), batches=iter(side), val=data.val, test=None,
-            scaler=build_scaler(cfg, torch.device("cpu")), tracker=tracker, status=status,
+            schedule=schedule, batches=iter(side), val=data.val, test=None,
+            scaler=scaler, tracker=tracker, status=status, sample_ids=data.train.sample_ids,
+            keeping=Keeping(Checkpoints(cfg, tracker, ALONE), trained, StopSignals()),
         ).run()  # fmt: skip
     runner, bare = side.runner[2 : steps + 2], side.bare[2 : steps + 2]
     return {

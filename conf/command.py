@@ -112,11 +112,9 @@ def exit_code(command: Callable[[], None], groups: Sequence[str], tell: Callable
         tell(sentence(error, sys.argv[1:], groups))
         return MISTAKE
     except OSError as error:  # Hydra makes the run directory
-        if error.filename is None:
-            raise
         tell(
-            f"{error.filename} cannot be written ({error.strerror}): choose another hydra.run.dir, or "
-            "hydra.sweep.dir with -m"
+            f"{error.filename or 'the run directory'} cannot be written ({error.strerror}): choose another "
+            "hydra.run.dir, or hydra.sweep.dir with -m"
         )
         return MISTAKE
     except KeyboardInterrupt:

@@ -135,6 +135,7 @@ class GhostEngineManager:
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._untrained = self._outside_groups()
         self._step: _Step | None = None
+        self._before: dict[str, Any] = {}  # the engine's state at the beginning of the step
         self._micro_batch_open = False
         self._wrapper_called = False
         self._complete = False
@@ -183,6 +184,8 @@ class GhostEngineManager:
             self._finish_step()
         elif self._micro_batch_open:
             self._close_micro_batch()
+        if self._step is None:
+            self._before = self.engine.state_dict()
         if self._step is not None and self._step.iteration != iteration:
             raise ProtocolError(
                 f"step {self._step.iteration} is still open at iteration {iteration}: call "
@@ -324,6 +327,20 @@ class GhostEngineManager:
                     Resolution.HEAD: name,
                 }[resolution]  # fmt: skip
                 yield label, parameter, part
+
+    def drop_step(self) -> None:
+        """Instead of `optimizer.step()`: forget the step, as if it had not begun.
+
+        Raises:
+            ProtocolError: No step is complete, or the optimizer has taken it.
+        """
+        if not self._complete or self._observer.take() is not None:
+            raise ProtocolError(
+                "drop_step() comes after prepare_gradients(), in place of optimizer.step(): there is no step "
+                "to drop."
+            )
+        self._step, self._complete = None, False
+        self.engine.load_state_dict(self._before)
 
     def aggregate_and_log(self) -> None:
         """After `optimizer.step()`: the step's rows are ready to be written."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -15,8 +16,14 @@ COLUMNS = ("step", "sample", "score", "lr", "clip")
 
 
 def save_atomically(obj: object, path: Path) -> None:
-    """`torch.save` of a whole file or none."""
-    write_atomically(path, lambda file: torch.save(obj, file))
+    """`torch.save` of a whole file or none.
+
+    Raises:
+        OSError: The system does not take it.
+    """
+    content = BytesIO()  # written to a file itself, `torch.save` would lose the system's reason
+    torch.save(obj, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 @dataclass(frozen=True)

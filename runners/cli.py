@@ -18,6 +18,8 @@ from conf.errors import ConfigError, UserError
 from runners.config import GROUPS
 from runners.experiment_file import register_experiment_files
 from runners.launch import launched
+from runners.resume.command import with_resumed_run
+from runners.resume.lock import enter, entered
 from runners.validate import check
 from runners.validate_world import check_world, refuse_sweep
 
@@ -37,7 +39,7 @@ class CheckBeforeRun(Callback):
                 self._in_one_directory(config, tree)
             else:
                 self.check(tree)
-                refuse_earlier_run(Path(config.hydra.run.dir), "hydra.run.dir")
+                self.enter(tree, Path(config.hydra.run.dir))
         except UserError as error:
             say(str(error))
             # Hydra turns any Exception of a callback into a warning; SystemExit ends the program.
@@ -60,7 +62,8 @@ class CheckBeforeRun(Callback):
                 with EndingTogether(world):
                     world.agreed(lambda: self.check(tree))
                     directory = world.broadcast(os.path.abspath(config.hydra.run.dir))
-                    world.on_main(lambda: refuse_earlier_run(Path(directory), "hydra.run.dir"))
+                    tree.hardware.processes = world.world_size
+                    world.on_main(lambda: self.enter(tree, Path(directory)))
             except UserError as error:
                 say_once(world, str(error))
                 raise SystemExit(error.exit_code) from error
@@ -68,6 +71,14 @@ class CheckBeforeRun(Callback):
             config.hydra.run.dir = directory
             if not world.is_main:
                 config.hydra.output_subdir = None
+
+    def enter(self, config: DictConfig, directory: Path) -> None:
+        """Take the run directory, where there is one, until the process ends.
+
+        Raises:
+            ConfigError: It holds what this command cannot go on with.
+        """
+        enter(config, directory, "hydra.run.dir")
 
 
 def task(cfg: DictConfig) -> float | None:
@@ -87,8 +98,8 @@ def task(cfg: DictConfig) -> float | None:
         log_by_rank(world, Path(cfg.output_dir))
         if world.world_size > 1:  # part of the record: another number would train on other batches
             cfg.hardware.processes = world.world_size
-        world.on_main(lambda: refuse_earlier_run(Path(cfg.output_dir), "output_dir"))
-        return _do(cfg, world)
+        with entered(cfg, Path(cfg.output_dir), "output_dir", world):
+            return _do(cfg, world)
 
 
 def _do(cfg: DictConfig, world: "World") -> float | None:
@@ -141,6 +152,7 @@ def main() -> int:
 
 
 def _run() -> None:
+    sys.argv[1:] = with_resumed_run(sys.argv[1:])
     refuse_sweep(sys.argv[1:], launched())
     register_experiment_files(sys.argv[1:], CONF_DIR / "experiment")
     compose_and_run("config", task)

@@ -24,6 +24,7 @@ from runners.choices import (
     FloatType,
     InterpreterDomain,
     ModelKind,
+    NonFinite,
     OptimizerName,
     ProjectionKind,
     Resolution,
@@ -356,6 +357,14 @@ class TrainerConfig:
     activation_checkpointing: bool = key("compute activations a second time in the backward, to save memory")
     save_model: bool = key("write the trained weights to RUN DIRECTORY/model, for model.path of later runs")
     overhead_probes: int = key("plain passes timed beside scored ones to tell what scoring costs")
+    checkpoint_every: int | None = key(
+        "steps between two checkpoints, what a killed run computes again at most; null: only on signals"
+    )
+    keep_checkpoints: int = key("newest checkpoints kept")
+    non_finite: NonFinite = key(
+        "on a loss, gradient or score that is no finite number: stop the run, skip the step, or go on and "
+        "mark its samples"
+    )
 
 
 @dataclass
@@ -381,6 +390,9 @@ class RunConfig:
     preview: bool = key("show the samples' first words in the end table (console only)")
     report_text: bool = key("show the samples' first words in report.html too, which is uploaded")
     dry_run: bool = key("show parameters, memory and output directory, then end")
+    resume: str | None = key(
+        "directory or MLflow run id of an unfinished run to go on with; nothing else need be typed", None
+    )
     verify: bool = key("check the scores of a few samples against plain autograd, layer by layer, then end")
     output_dir: str | None = key("where the run's files go; set by hydra.run.dir or hydra.sweep.dir")
     model: ModelConfig = MISSING

@@ -4,6 +4,7 @@ imported.
 # ruff: noqa: RUF009 -- `key` returns dataclass fields, not shared values
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
@@ -11,7 +12,7 @@ from omegaconf import MISSING, DictConfig
 from conf.refuse import refuse
 from conf.schema import key
 from runners.choices import ProjectionKind
-from runners.cli import CheckBeforeRun
+from runners.cli import CheckBeforeRun, refuse_earlier_run
 from runners.config import DataConfig, DtypeConfig, HardwareConfig, LayersConfig, ModelConfig, TrackingConfig
 from runners.launch import launched
 from runners.validate import check_untrained
@@ -58,6 +59,9 @@ class CheckBeforeMeasuring(CheckBeforeRun):
     def check(self, config: DictConfig) -> None:
         check_one_process(config, launched())
         check_distortion(config)
+
+    def enter(self, config: DictConfig, directory: Path) -> None:
+        refuse_earlier_run(directory, "hydra.run.dir")
 
 
 def check_distortion(cfg: DictConfig) -> None:

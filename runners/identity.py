@@ -13,6 +13,7 @@ from runners.tracking import flatten
 WITHOUT_EFFECT = (
     *("output_dir", "resume", "dry_run", "verify", "preview", "report_text"),
     *("tracking", "model.name", "data.num_workers"),
+    *("trainer.checkpoint_every", "trainer.keep_checkpoints"),
 )
 
 

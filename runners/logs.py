@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from runners.resume.log_file import LogFile
 from runners.world import World
 
 
@@ -20,7 +21,7 @@ def log_by_rank(world: World, directory: Path) -> None:
     root = logging.getLogger()
     for handler in root.handlers[:]:
         if isinstance(handler, logging.FileHandler):
-            own = logging.FileHandler(directory / log_file(world.rank))
+            own = LogFile(directory / log_file(world.rank))
             own.setFormatter(handler.formatter)
             root.addHandler(own)
             root.removeHandler(handler)

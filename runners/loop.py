@@ -1,13 +1,15 @@
 """The training loop: steps, evaluations, and what is recorded of them."""
 
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ghost import GhostEngineManager, LossReduction
@@ -16,8 +18,11 @@ from runners.data.base import Batch, SampleSet
 from runners.data.loader import shared_eval_batches
 from runners.environment import peak_device_memory_bytes, peak_memory_bytes
 from runners.losses import Task
+from runners.nonfinite import NonFiniteError, are, non_finite, suspects
 from runners.overhead import OverheadMeter, Probe
 from runners.progress import StatusLine
+from runners.resume.checkpoints import Start
+from runners.resume.keeping import Keeping
 from runners.tracking import NullTracker
 from runners.world import ALONE, World
 from runners.wrapping import gradient_sync
@@ -55,6 +60,8 @@ class TrainingLoop:
         batches: This process's training micro-batches.
         val: The validation samples.
         test: The test samples, where some are set apart.
+        keeping: How the run's state outlives this process.
+        sample_ids: Of the training samples, by running index.
         world: The processes that take each step together.
     """
 
@@ -71,31 +78,59 @@ class TrainingLoop:
     test: SampleSet | None
     tracker: NullTracker
     status: StatusLine
+    keeping: Keeping
+    sample_ids: Sequence[str]
     world: World = ALONE
 
     def __post_init__(self) -> None:
+        self._first, self._skipped = 0, 0
+        self._losses: dict[str, float] = {}  # of the latest evaluation
         self._overhead = OverheadMeter(self.cfg, self.model, self.task)
         self._precise = torch.zeros((), dtype=torch.float64, device=self.task.device)
         self._optimizer_seconds = 0.0  # of the latest step
         self._probe: Probe | None = None
 
     def run(self) -> float:
-        """All steps; returns the last validation loss."""
+        """All steps that are left; returns the last validation loss."""
         trainer = self.cfg.trainer
-        losses = self.evaluate()
-        self._log(0, losses)
-        for step in range(trainer.max_steps):
+        if not self._losses:
+            self._losses = self.evaluate()
+            self._log(0, self._losses)
+            self._keep(0)
+        for step in range(self._first, trainer.max_steps):
             began, probed = time.perf_counter(), self._overhead.seconds
             result = self.train_step(step)
             seconds = time.perf_counter() - began - (self._overhead.seconds - probed)
             metrics = self._metrics(result, seconds)
             done = step + 1
             if done % trainer.eval_every == 0 or done == trainer.max_steps:
-                losses = self.evaluate()
-                metrics |= losses
+                self._losses = self.evaluate()
+                metrics |= self._losses
             self._log(done, metrics)
-            self.status.update(done, result.loss, losses[VAL_LOSS], self._overhead.share, peak_memory_bytes())
-        return losses[VAL_LOSS]
+            self.status.update(
+                done, result.loss, self._losses[VAL_LOSS], self._overhead.share, peak_memory_bytes()
+            )
+            self._keep(done)
+        return self._losses[VAL_LOSS]
+
+    def go_on(self, start: Start) -> None:
+        """Begin behind the steps that are done."""
+        self._first, self._losses, self._skipped = start.step, start.loop["losses"], start.loop["skipped"]
+        self._overhead.shares = start.loop["overhead"]
+
+    def _state(self) -> dict[str, Any]:
+        """What `go_on` brings back."""
+        return {"losses": self._losses, "skipped": self._skipped, "overhead": self._overhead.shares}
+
+    def _keep(self, done: int) -> None:
+        """Write a checkpoint where one is due or the run is to end; then end it."""
+        stopped = self.world.any(self.keeping.signals.noted, self.task.device)
+        if stopped or (done and self.keeping.checkpoints.is_due(done)):
+            self.optimizer.zero_grad(set_to_none=True)
+            self._compare_last_probe()
+            self.keeping.write(done, self.manager.state_dict(), self._state())
+        if stopped:
+            self.keeping.signals.end()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.world.is_main:
@@ -108,17 +143,23 @@ class TrainingLoop:
         counted = int(self.world.sum(torch.tensor(sum(counts))))
         self.optimizer.zero_grad(set_to_none=True)
         self._compare_last_probe()
+        random = self.keeping.trained.random_state()
         # Of one process the first, before gradients are held; of several the last, which sums them over all.
         probed = 1 if self.world.world_size == 1 else len(parts)
-        loss_sum = self._precise.clone()
+        losses = []
         for number, (batch, own) in enumerate(zip(parts, counts, strict=True), start=1):
-            loss_sum += self._micro_batch(
+            loss = self._micro_batch(
                 batch, step, share=own / counted, probed=number == probed and self._overhead.is_due(step),
                 last=number == len(parts),
             )  # fmt: skip
-        lr = self._take_optimizer_step(step)
+            losses.append(loss)
+        wrong = self._non_finite(torch.stack(losses))
+        if wrong and self.cfg.trainer.non_finite == "stop":
+            self._stop_before(step, wrong, parts, losses, random)
+        lr = self._skip_optimizer_step(step, wrong) if wrong else self._take_optimizer_step(step)
         if self.manager.should_save_metrics(step):
             self.manager.save_metrics(step)
+        loss_sum = torch.stack(losses).to(self._precise).sum()
         loss, *scores = self.world.sum(torch.stack([loss_sum, *self._score_sums()])).tolist()
         return StepResult(loss / counted, counted, lr, (scores[0], scores[1], scores[2]))
 
@@ -174,6 +215,30 @@ class TrainingLoop:
         self._optimizer_seconds = time.perf_counter() - began
         return lr
 
+    def _non_finite(self, losses: Tensor) -> list[str]:
+        """What of the step is no finite number, in any process; nothing where that is not to be acted on."""
+        if self.cfg.trainer.non_finite == "mark":
+            return []
+        grads = [p.grad for p in self.manager.model.parameters() if p.grad is not None]
+        return non_finite(losses, grads, self.manager.scores, self.scaler.is_enabled(), self.world)
+
+    def _stop_before(
+        self, step: int, wrong: list[str], parts: list[Batch], losses: list[Tensor], random: dict[str, Any]
+    ) -> NoReturn:
+        """End the run with the state before this step on disk."""
+        samples = suspects(parts, losses, self.manager.scores)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.manager.drop_step()
+        self.keeping.write(step, self.manager.state_dict(), self._state(), random)
+        raise NonFiniteError(step, wrong, [self.sample_ids[i] for i in samples])
+
+    def _skip_optimizer_step(self, step: int, wrong: list[str]) -> float:
+        """Leave weights, optimizer and schedule as they are; returns the learning rate that was due."""
+        self._skipped += 1
+        self.manager.aggregate_and_log()
+        log.warning("Step %d is skipped: %s not finite.", step, are(wrong))
+        return float(self.schedule.get_last_lr()[0])
+
     def _metrics(self, result: StepResult, seconds: float) -> dict[str, float]:
         counted = "samples" if self.task.reduction is LossReduction.SAMPLE_MEAN else "tokens"
         metrics = {
@@ -183,6 +248,8 @@ class TrainingLoop:
         } | self._memory()
         if self.scaler.is_enabled():
             metrics["train/loss_scale"] = self.scaler.get_scale()
+        if self._skipped:
+            metrics["train/skipped_steps"] = self._skipped
         if self._overhead.share is not None:
             metrics["scoring/overhead"] = self._overhead.share
         if self.cfg.engine.name != "regular":
@@ -200,9 +267,13 @@ class TrainingLoop:
 
     def evaluate(self) -> dict[str, float]:
         """The mean losses over all held-out samples, by metric."""
-        return held_out_losses(
+        losses = held_out_losses(
             self.model, self.val, self.test, self.task, self.cfg.trainer.eval_batch_size, self.world
         )
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                log.warning("%s is %s.", name, loss)
+        return losses
 
 
 def held_out_losses(

@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +33,7 @@ class MetricsLog:
 
         Raises:
             ValueError: a value is named "step", "time" or "non_finite".
+            OSError: the system does not take the line; what it took of it is cut off by the next `append`.
         """
         if clash := sorted(_RESERVED & values.keys()):
             raise ValueError(f"a metric must not be named {clash[0]!r}: {FILE_NAME} needs that key itself")
@@ -40,14 +43,35 @@ class MetricsLog:
             row["non_finite"] = strange
         if self._file is None:
             self._file = self._open()
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError:
+            with suppress(OSError):  # what the system has not taken is not tried again
+                self.close()
+            raise
+
+    def safe_bytes(self) -> int:
+        """Bring the lines down to the disk; returns the file's length."""
+        if self._file is None:
+            return self.path.stat().st_size if self.path.exists() else 0
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def go_back(self, size: int) -> None:
+        """Cut the file to an earlier length, behind which its lines will be written again."""
+        self.close()
+        found = self.path.stat().st_size if self.path.exists() else 0
+        if found < size:
+            log.warning("%s has %d bytes and had %d: some of its lines are lost", self.path, found, size)
+        elif found > size:
+            os.truncate(self.path, size)
 
     def close(self) -> None:
         """Close the file; the next `append` opens it again."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            file.close()
 
     def _open(self) -> IO[str]:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,8 @@ class MlflowRun:
         """Go on with a run that ended or was killed; it keeps the experiment that it was begun in."""
         run = store.client.get_run(run_id)
         store.client.update_run(run_id, status="RUNNING")
+        if "error" in run.data.tags:
+            store.client.delete_tag(run_id, "error")
         return cls(Store(store.uri, store.client, run.info.experiment_id), run_id, run.data.params)
 
     def begin(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:

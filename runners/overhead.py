@@ -31,7 +31,8 @@ class OverheadMeter:
     are among them).
 
     Attributes:
-        seconds: Time spent in plain passes since the run began; no part of the training.
+        seconds: Time spent in plain passes since the process began; no part of the training.
+        shares: Extra time of each compared step as a share of a plain one.
     """
 
     def __init__(self, cfg: DictConfig, model: nn.Module, task: Task) -> None:
@@ -40,7 +41,7 @@ class OverheadMeter:
         self._steps = probe_steps(cfg)
         self._micro_batches = cfg.trainer.gradient_accumulation_steps
         self._warm_ups = int(cfg.trainer.compile)  # the first pass of a new kind compiles
-        self._shares: list[float] = []
+        self.shares: list[float] = []
 
     def is_due(self, step: int) -> bool:
         """Whether a micro-batch of this step is compared."""
@@ -49,7 +50,7 @@ class OverheadMeter:
     @property
     def share(self) -> float | None:
         """Median extra time of a scored step as a share of a plain one; None before the first comparison."""
-        return statistics.median(self._shares) if self._shares else None
+        return statistics.median(self.shares) if self.shares else None
 
     def compare(self, probe: Probe, optimizer_seconds: float) -> None:
         """Run the plain pass, with no gradients held before or after it; weights and random state stay as
@@ -69,7 +70,7 @@ class OverheadMeter:
         ended = self.now()
         plain = ended - pass_began
         self._warm_ups = 0
-        self._shares.append((probe.seconds - plain) / (plain + optimizer_seconds / self._micro_batches))
+        self.shares.append((probe.seconds - plain) / (plain + optimizer_seconds / self._micro_batches))
         self.seconds += ended - began
 
     def now(self) -> float:

@@ -23,6 +23,8 @@ from runners.progress import ProjectionLine, readable
 from runners.project_summary import measure_distortion, show_projection, typed_overrides
 from runners.projection_store import describe_store, open_writer, refuse_other_store, row_bytes, store_folder
 from runners.report import leave_report
+from runners.resume.earlier import mark_finished
+from runners.resume.signals import StopSignals
 from runners.summary import replay_command
 from runners.together import EndingTogether, wait_for_all
 from runners.tracking import NullTracker
@@ -69,6 +71,7 @@ def project(cfg: DictConfig, world: World) -> None:
         wait_for_all(world)
         if world.is_main:
             finish(cfg, out, folder, engine, data, task, tracker, last_step=len(part), world=world)
+            mark_finished(out)
 
 
 def with_rank(cfg: DictConfig, world: World) -> DictConfig:
@@ -168,7 +171,11 @@ class Projection:
             self.samples, trainer.batch_size, self.part[ready:], self.cfg.data.num_workers
         )
         first, last = self.part.start * trainer.batch_size, self._end(self.part.stop)
-        with self.engine.attached(), ProjectionLine(last - first, self.world.terminal()) as line:
+        with (
+            self.engine.attached(),
+            ProjectionLine(last - first, self.world.terminal()) as line,
+            StopSignals() as signals,
+        ):
             for step, batch in enumerate(batches, start=ready + 1):
                 X, Y = self.task.place(batch.inputs, batch.labels)
                 self.writer.append(batch.index, self.engine.project(X, Y, self.task.mean))
@@ -176,6 +183,8 @@ class Projection:
                 rate = line.update(done, self.writer.bytes_written, peak_memory_bytes())
                 if self.world.is_main and (step % self.cfg.engine.save_every == 0 or step == len(self.part)):
                     self._log_metrics(step, rate)
+                if signals.noted:
+                    signals.end()
 
     def _end(self, batch: int) -> int:
         """How many samples the first so many batches of the corpus have."""

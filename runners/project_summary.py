@@ -105,9 +105,9 @@ def delete_command(store: ProjectionStore) -> str:
 
 
 def typed_overrides() -> list[str]:
-    """What was typed, but for the store's folder."""
+    """What was typed, but for the store's folder and the run that was gone on with."""
     overrides = HydraConfig.get().overrides.task
-    return [override for override in overrides if not override.startswith("engine.store=")]
+    return [override for override in overrides if not override.startswith(("engine.store=", "resume="))]
 
 
 def print_example(store: ProjectionStore, samples: SampleSet, console: Console, preview: bool) -> None:

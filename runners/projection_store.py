@@ -30,6 +30,7 @@ from runners.data.base import DataBundle
 from runners.data.loader import write_samples
 from runners.data.tokenfiles import META, Meta
 from runners.models.hf_config import DataFacts
+from runners.resume.names import CONFIG_FILE
 from runners.tracking import STORE_FOLDER, flatten
 
 MANIFEST, CONFIG, SAMPLES, FACTS = "manifest.json", "config.yaml", "samples.parquet", "facts.json"
@@ -91,7 +92,8 @@ def refuse_other_store(cfg: DictConfig, folder: Path) -> None:
                 "folder"
             )
         return
-    if ProjectionStore.open(folder).complete:
+    goes_on = (out / CONFIG_FILE).exists()  # killed once the rows were written, before its end
+    if ProjectionStore.open(folder).complete and not goes_on:
         raise ConfigError(
             f"engine.store={folder} is complete: name another folder, or search this one with python -m "
             f"runners.search store={folder}"

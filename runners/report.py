@@ -9,17 +9,32 @@ from pathlib import Path
 from analysis.errors import AnalysisError
 from analysis.report import write_run_report
 from analysis.runs import ENVIRONMENT_FILE, load_run
+from ghost.atomic import written_beside
 
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
 
 
-def record_environment(out: Path, tags: Mapping[str, str], run_id: str | None) -> None:
-    """Write code state, versions, device and MLflow run to `environment.json`, as names and texts."""
-    started = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-    found = {"started": started, **tags} | ({} if run_id is None else {"mlflow.run_id": run_id})
-    (out / ENVIRONMENT_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+def record_environment(
+    out: Path, tags: Mapping[str, str], run_id: str | None, earlier: Mapping[str, str]
+) -> None:
+    """Write code state, versions, device and MLflow run to `environment.json`, as names and texts.
+
+    Args:
+        earlier: What it said of an unfinished run that this one goes on with; empty for none. That stays,
+            with an entry of what is new.
+    """
+    now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    found = {"started": now, **tags} | ({} if run_id is None else {"mlflow.run_id": run_id})
+    if earlier:
+        changed = [f"{name}={text}" for name, text in tags.items() if earlier.get(name, text) != text]
+        for line in changed:
+            log.warning("%s is new: the last digits of what follows may be others.", line)
+        number = 1 + sum(name.startswith("resumed.") for name in earlier)
+        found |= {**earlier, f"resumed.{number}": " ".join([now, *changed])}
+    with written_beside(out / ENVIRONMENT_FILE) as partial:
+        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def leave_report(out: Path, previews: Mapping[str, str] | None) -> None:

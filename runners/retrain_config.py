@@ -31,6 +31,7 @@ IDLE: dict[str, tuple[object, str]] = {
     "preview": (False, "has no use in runners.retrain"),
     "report_text": (False, "has no use in runners.retrain"),
     "verify": (False, "has no use in runners.retrain"),
+    "resume": (None, "has no use in runners.retrain, which goes on in its hydra.run.dir"),
     "trainer.eval_only": (False, "has no use in runners.retrain"),
     "data.keep": (None, "does not go with runners.retrain, which drops samples itself"),
     "data.drop": (None, "does not go with runners.retrain, which drops samples itself"),

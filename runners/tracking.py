@@ -18,6 +18,8 @@ from conf.errors import ConfigError
 from runners.metrics_log import MetricsLog
 from runners.mlflow_run import MlflowRun
 from runners.mlflow_store import open_store
+from runners.resume.files import FOLDER as CHECKPOINTS_FOLDER
+from runners.resume.names import LOCK_FILE
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +99,17 @@ class NullTracker:
         """
         self._metrics.append(step, {name: float(value) for name, value in values.items()})
 
+    def metrics_bytes(self) -> int:
+        """Length of `metrics.jsonl`, whose lines are safe on disk."""
+        return self._metrics.safe_bytes()
+
+    def go_back(self, metrics_bytes: int) -> None:
+        """Cut `metrics.jsonl` to an earlier length; the tracking store keeps what it has."""
+        self._metrics.go_back(metrics_bytes)
+
     def log_artifacts(self, directory: Path) -> None:
-        """Copy a directory's files to the run's artifacts, but for saved weights and stores of projections
-        unless `tracking.upload_large` asks for them.
+        """Copy a directory's files to the run's artifacts, but for checkpoints, stores of projections and,
+        unless `tracking.upload_large` asks for them, saved weights.
         """
 
     def log_store(self, directory: Path) -> None:
@@ -130,7 +140,7 @@ class Tracker(NullTracker):
     """The same record, and an MLflow run beside it.
 
     The run ends as FINISHED, as FAILED with the traceback as artifact `traceback.txt` and the tag `error`,
-    or as KILLED on SIGTERM, Ctrl-C and SystemExit. MLflow is imported by `start`.
+    or as KILLED on SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and SystemExit. MLflow is imported by `start`.
     """
 
     def __init__(
@@ -200,7 +210,9 @@ class Tracker(NullTracker):
         if not self._cfg.upload:
             log.info("tracking.upload=false: the artifacts stay in %s", directory)
             return
-        left_out = {STORE_FOLDER} if self._cfg.upload_large else {STORE_FOLDER, MODEL_FOLDER}
+        left_out = {STORE_FOLDER, CHECKPOINTS_FOLDER, LOCK_FILE}
+        if not self._cfg.upload_large:
+            left_out.add(MODEL_FOLDER)
         for path in sorted(directory.iterdir()):
             if path.name not in left_out:
                 self._running().upload(path, path.name if path.is_dir() else None)
@@ -254,16 +266,20 @@ class Tracker(NullTracker):
 
 @contextmanager
 def _termination_as_exit() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit(143), the status that shells give to what signal 15 ended."""
+    """Turn SIGTERM into SystemExit(143), the status that shells give to what signal 15 ended; and so SIGUSR1
+    and SIGUSR2 where no scheduler's handler takes them.
+    """
     # Python hands signals to the main thread alone, and lets no other set a handler.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, _exit_on_signal)
+    idle = [n for n in (signal.SIGUSR1, signal.SIGUSR2) if signal.getsignal(n) is signal.SIG_DFL]
+    previous = {number: signal.signal(number, _exit_on_signal) for number in (signal.SIGTERM, *idle)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

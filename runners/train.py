@@ -5,6 +5,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from analysis.report import shown_samples
 from analysis.runs import load_run, score_note
 from conf.errors import ConfigError
 from ghost import GhostConfig, GhostEngineManager
+from ghost.atomic import written_beside
 from ghost.batch import take_rows
 from ghost.coverage import coverage, coverage_lines
 from runners.checkpoint import save_model
@@ -36,6 +38,13 @@ from runners.models import build_model, parameter_dtype, place
 from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
 from runners.report import leave_report, record_environment
+from runners.resume.checkpoints import Checkpoints
+from runners.resume.earlier import mark_finished, take_up, tracked_run_id
+from runners.resume.faults import disk_errors_named, way_on_said
+from runners.resume.keeping import Keeping
+from runners.resume.names import CONFIG_FILE
+from runners.resume.signals import StopSignals
+from runners.resume.state import Trained
 from runners.summary import print_summary, replay_command
 from runners.together import EndingTogether
 from runners.tracking import MODEL_FOLDER, NullTracker, build_tracker, flatten
@@ -56,7 +65,8 @@ def run(cfg: DictConfig, world: World) -> float:
             starts.
     """
     out = Path(cfg.output_dir)
-    with run_tracker(cfg, out, world) as tracker, EndingTogether(world):
+    way_on = way_on_said(out, world.command) if world.is_main else nullcontext()
+    with run_tracker(cfg, out, world) as tracker, EndingTogether(world), way_on:
         data, val_loss = recorded_run(cfg, tracker, world=world)
         if world.is_main and not cfg.trainer.eval_only:
             show_summary(cfg, out, data, tracker, world)
@@ -67,7 +77,8 @@ def run_tracker(cfg: DictConfig, out: Path, world: World) -> NullTracker:
     """The configured tracker on the main process; on the others one that is never told anything."""
     if not world.is_main:
         return NullTracker(out)
-    return build_tracker(cfg.tracking, out, Path(HydraConfig.get().runtime.cwd))
+    cwd = Path(HydraConfig.get().runtime.cwd)
+    return build_tracker(cfg.tracking, out, cwd, run_id=tracked_run_id(out))
 
 
 def recorded_run(
@@ -76,6 +87,17 @@ def recorded_run(
     """The same without the tables at the end, recorded by the tracker with these further tags; returns the
     data too.
     """
+    out = Path(cfg.output_dir)
+    with disk_errors_named(out):
+        found = _recorded_run(cfg, tracker, tags, world)
+        if world.is_main:
+            mark_finished(out)
+    return found
+
+
+def _recorded_run(
+    cfg: DictConfig, tracker: NullTracker, tags: Mapping[str, str] | None, world: World
+) -> tuple[DataBundle, float]:
     out = Path(cfg.output_dir)
     if not is_scored(cfg):
         log.info("engine=regular scores nothing: the other engine.* keys have no effect.")
@@ -148,9 +170,17 @@ def record_setup(
     further_tags: Mapping[str, str] | None = None,
     world: World = ALONE,
 ) -> None:
-    """Start the record: resolved config, code state, versions, device, seed and data."""
+    """Start the record: resolved config, code state, versions, device, seed and data; or go on with that of
+    an unfinished run.
+
+    Raises:
+        ConfigError: The unfinished run was of other data.
+    """
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    OmegaConf.save(OmegaConf.create(resolved), out / "config.yaml")
+    earlier = take_up(out, data.fingerprint)
+    if not (out / CONFIG_FILE).exists():  # else it says how the run was begun
+        with written_beside(out / CONFIG_FILE) as partial:
+            OmegaConf.save(OmegaConf.create(resolved), partial)
     sets = {"train": data.train, "val": data.val} | ({} if data.test is None else {"test": data.test})
     write_samples(sets, out / "samples.parquet")
     git = git_state(PROJECT)
@@ -167,7 +197,7 @@ def record_setup(
     tags |= further_tags or {}
     log.info("Running on %s", tags["device"])
     tracker.start(flatten(resolved), tags)
-    record_environment(out, tags, tracker.run_id)
+    record_environment(out, tags, tracker.run_id, earlier)
 
 
 def evaluate_only(
@@ -189,12 +219,15 @@ def train(
 ) -> float:  # fmt: skip
     """The training loop around the configured engine; returns the final validation loss."""
     task = build_task(cfg, device)
+    checkpoints = Checkpoints(cfg, tracker, world)
+    start = checkpoints.start()
     batches = train_batches(
-        data.train, cfg.trainer.batch_size, cfg.seed, cfg.data.shuffle, cfg.data.num_workers, world=world
-    )
+        data.train, cfg.trainer.batch_size, cfg.seed, cfg.data.shuffle, cfg.data.num_workers,
+        start_step=0 if start is None else start.step * cfg.trainer.gradient_accumulation_steps, world=world,
+    )  # fmt: skip
     val_data = validation_data(cfg, data, task)
     config = ghost_config(cfg, out, task)
-    if is_scored(cfg) and world.is_main:  # before the model is split
+    if is_scored(cfg) and start is None and world.is_main:  # before the model is split
         write_coverage(model, config, task, val_data, out / "coverage.json")
     if cfg.trainer.activation_checkpointing:
         checkpoint_activations(model, cfg.model.name)
@@ -203,16 +236,23 @@ def train(
     optimizer = build_optimizer(cfg.optimizer, model)
     scaler = build_scaler(cfg, device)
     manager = GhostEngineManager(
-        config, model, optimizer, val_data=val_data, loss_fn=task.mean, scaler=scaler
-    )
+        config, model, optimizer, val_data=val_data, loss_fn=task.mean, scaler=scaler,
+        state=None if start is None else start.manager,
+    )  # fmt: skip
+    schedule = build_schedule(cfg.trainer, optimizer)
+    trained = Trained(manager.model, optimizer, schedule, scaler, task.cuda_devices())
     called: Any = torch.compile(model) if cfg.trainer.compile else model
     try:
-        with StatusLine(cfg.trainer.max_steps, world.terminal()) as status:
+        with StatusLine(cfg.trainer.max_steps, world.terminal()) as status, StopSignals() as signals:
             loop = TrainingLoop(
                 cfg=cfg, model=called, wrapped=model, task=task, manager=manager, optimizer=optimizer,
-                scaler=scaler, schedule=build_schedule(cfg.trainer, optimizer), batches=batches, val=data.val,
+                scaler=scaler, schedule=schedule, batches=batches, val=data.val,
                 test=data.test, tracker=tracker, status=status, world=world,
+                keeping=Keeping(checkpoints, trained, signals), sample_ids=data.train.sample_ids,
             )  # fmt: skip
+            if start is not None:
+                start.load(trained)
+                loop.go_on(start)
             return loop.run()
     finally:
         manager.cleanup()
@@ -309,8 +349,13 @@ def show_summary(cfg: DictConfig, out: Path, data: DataBundle, tracker: NullTrac
     notes = [score_note(OmegaConf.to_container(cfg, resolve=True))] if is_scored(cfg) else []  # type: ignore[arg-type]
     print_summary(
         out, values, _previews(data) if cfg.preview else None, tracker.ui_command(), tracker.run_url(),
-        replay_command(list(HydraConfig.get().overrides.task), sys.argv[0], world.command), notes, Console(),
+        replay_command(_replayed(), sys.argv[0], world.command), notes, Console(),
     )  # fmt: skip
+
+
+def _replayed() -> list[str]:
+    """What was typed, for a run that starts anew."""
+    return [typed for typed in HydraConfig.get().overrides.task if not typed.startswith("resume=")]
 
 
 def is_scored(cfg: DictConfig) -> bool:

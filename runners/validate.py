@@ -53,6 +53,8 @@ SMALLEST = {
     "trainer.eval_batch_size": 1,
     "trainer.flush_every": 1,
     "trainer.overhead_probes": 0,
+    "trainer.checkpoint_every": 1,
+    "trainer.keep_checkpoints": 1,
 }
 
 POSITIVE = ("optimizer.lr", "optimizer.eps", "trainer.clip_grad_norm")
@@ -92,6 +94,7 @@ def _untrained(cfg: DictConfig) -> None:
     _layers(cfg)
     _dtype(cfg)
     _tracking(cfg)
+    _resume(cfg)
 
 
 def refuse_unknown_keys(cfg: DictConfig, prefix: str) -> None:
@@ -338,6 +341,13 @@ def _verify(cfg: DictConfig) -> None:
     for key in ("trainer.eval_only", "dry_run", "preview", "report_text"):
         if OmegaConf.select(cfg, key):
             _refuse(cfg, key, f"does not go with verify=true, which only checks scores: type {key}=false")
+
+
+def _resume(cfg: DictConfig) -> None:
+    """A run that goes on is a run: these do something else."""
+    for key in ("dry_run", "verify"):
+        if OmegaConf.select(cfg, "resume") is not None and cfg[key]:
+            _refuse(cfg, key, f"does not go with resume={cfg.resume}: type {key}=false")
 
 
 def _tracking(cfg: DictConfig) -> None:

@@ -1,5 +1,7 @@
 """The value tables that a scored run leaves behind."""
 
+import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,12 @@ import pyarrow.parquet as pq
 
 from analysis.samples import taking_turns
 from ghost.atomic import written_beside
-from ghost.values import accumulate, accumulate_columns, read_shards
+from ghost.values import accumulate, accumulate_columns, read_shards, row_values
 from runners.data.base import DataBundle, SampleSet
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 8  # samples in a log line
 
 VALUES_FILE = "values.parquet"
 COLUMNS_FILE = "values_by_column.parquet"
@@ -20,11 +26,32 @@ VALUES_SCHEMA = pa.schema(
 
 
 def write_values(out: Path, train: SampleSet) -> None:
-    """One row for each training sample that was scored, atomically written to `values.parquet`."""
+    """One row for each training sample that was scored, atomically written to `values.parquet`.
+
+    A sample with a score that is not finite has no value: NaN, and a line in the log; `times_seen` counts its
+    other rows.
+    """
     found = accumulate(read_shards(out / "scores"))
-    indices = found.sample.tolist()
-    columns = [*_samples(train, indices), found.value.numpy(), found.times_seen.numpy()]
+    rows = zip(found.sample.tolist(), found.value.tolist(), found.times_seen.tolist(), strict=True)
+    values = {index: (value, seen) for index, value, seen in rows}
+    lost = samples_without_value(out)
+    for index in lost:
+        _, seen = values.get(index, (math.nan, 0))
+        values[index] = math.nan, seen
+    if lost:
+        shown = [train.sample_ids[i] for i in sorted(lost)[:_SHOWN]]
+        log.warning("%d samples have no value, since a score is not finite: %s.", len(lost), ", ".join(shown))
+    indices = sorted(values)
+    columns = [*_samples(train, indices), *zip(*(values[i] for i in indices), strict=True)]
     _write(pa.table(columns, schema=VALUES_SCHEMA), out / VALUES_FILE)
+
+
+def samples_without_value(out: Path) -> set[int]:
+    """Running indices of the samples with a score row that is not finite."""
+    lost: set[int] = set()
+    for shard in read_shards(out / "scores"):
+        lost.update(shard["sample"][~row_values(shard).isfinite()].tolist())
+    return lost
 
 
 def write_columns(out: Path, data: DataBundle, pairwise: bool) -> None:
@@ -35,7 +62,8 @@ def write_columns(out: Path, data: DataBundle, pairwise: bool) -> None:
         pairwise: Whether columns are of validation samples, whose numbers become ids.
     """
     found = accumulate_columns(out / "scores")
-    indices = sorted({i for values in found.values() for i in values.sample.tolist()})
+    lost = samples_without_value(out)
+    indices = sorted({i for values in found.values() for i in values.sample.tolist()} | lost)
     place = {index: row for row, index in enumerate(indices)}
     ids, domains = _samples(data.train, indices)
     columns: dict[str, object] = {"sample_id": ids, "domain": domains}
@@ -45,6 +73,7 @@ def write_columns(out: Path, data: DataBundle, pairwise: bool) -> None:
     for (part, val), values in found.items():
         column = np.zeros(len(indices))
         column[[place[i] for i in values.sample.tolist()]] = values.value.numpy()
+        column[[place[i] for i in lost]] = math.nan
         columns[_label(part, val_ids[int(val)] if pairwise else val)] = column
     _write(pa.table(columns), out / COLUMNS_FILE)
 

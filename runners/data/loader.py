@@ -1,5 +1,6 @@
 """Batches from sample sets: an endless training stream that can start anywhere, and validation in order."""
 
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -105,8 +106,17 @@ def _loaded(samples: SampleSet, batches: Iterable[list[int]], num_workers: int) 
             collate_fn=partial(collate, layout=samples.layout),
             # Of its own, so that starting a stream leaves the global random state alone.
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals,
         )
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """A scheduler, and Ctrl-C, signals a run's whole process group; the training process alone answers, and
+    ends its loaders when it is done.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class EpochBatches(Sampler[list[int]]):

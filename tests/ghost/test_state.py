@@ -128,3 +128,29 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / "scores" / "shard-00000.pt").unlink()
     with pytest.raises(GhostConfigError, match=r"shard-00000\.pt"):
         loop.manager(state)
+
+
+@each_mode
+def test_a_dropped_step_has_not_begun(mode: str, tmp_path: Path) -> None:
+    whole = Loop(mode, tmp_path / "whole")
+    manager = whole.manager()
+    whole.steps(manager, 0, STEPS)
+    manager.cleanup()
+
+    other = Loop(mode, tmp_path / "other")
+    manager = other.manager()
+    other.steps(manager, 0, 2)
+    before = other.snapshot(manager)
+    X, Y = other.batches[2]
+    with manager.step(X, Y, batch_idx=range(4), iteration=2) as step:
+        step.backward(class_loss(other.model, step.X, step.Y))
+    manager.drop_step()
+    after = other.snapshot(manager)
+    assert str(after) == str(before)
+    other.steps(manager, 2, STEPS)
+    with pytest.raises(ProtocolError, match="there is no step to drop"):
+        manager.drop_step()
+    manager.cleanup()
+    found, expected = rows(tmp_path / "other"), rows(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

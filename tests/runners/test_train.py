@@ -137,6 +137,8 @@ def test_the_command_leaves_everything_behind_and_the_tracking_store_has_it_too(
         *("values.parquet", "metrics.jsonl", "environment.json", "report.html"),
         *(f"plots/{name}.png" for name in ("value_histogram", "top_bottom", "domain_value", "loss")),
     }
+    assert {".run.lock", "finished.json"} <= names
+    names -= {".run.lock", "finished.json"}  # of no use elsewhere, and written last of all
     assert names - {"git.diff"} == expected
 
     client = MlflowClient(f"sqlite:///{tracked_cwd / 'mlflow.db'}")
@@ -204,7 +206,7 @@ def test_plain_training_scores_nothing(run: Run, capsys: pytest.CaptureFixture[s
     folder = run(*TOKENS, "engine=regular")
     names = {path.name for path in folder.iterdir()}
     files = {"config.yaml", "run.log", "samples.parquet", "metrics.jsonl", "environment.json"}
-    assert names - {"git.diff"} == {".hydra"} | files
+    assert names - {"git.diff"} == {".hydra", ".run.lock", "finished.json"} | files
     assert list(series(folder, "train/loss")) == [1, 2, 3, 4]
     assert not series(folder, "scoring/overhead")
     assert "helpful" not in capsys.readouterr().out
@@ -639,7 +641,7 @@ def test_a_part_of_a_saved_config_is_refused(
 def test_a_dry_run_builds_nothing(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert line("dry_run=true", "debug=smoke") == 0
     (folder,) = tmp_path.glob("outputs/*/*")
-    assert {path.name for path in folder.iterdir()} == {".hydra", "run.log"}
+    assert {path.name for path in folder.iterdir()} == {".hydra", ".run.lock", "run.log"}
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
     out = capsys.readouterr().out
     for part in ("parameters", "memory: total", "output directory"):

@@ -22,6 +22,15 @@ WRONG_TYPES = (
 )
 
 
+# Choices that plugins of Hydra bring, and this project's extra that installs the plugin.
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/sweeper/optuna": "optuna",
+}
+
+
 def sentence(error: BaseException, arguments: Sequence[str], groups: Sequence[str]) -> str:
     """One line for an error that ended the composition of a config from the command line's `arguments`.
 
@@ -64,6 +73,8 @@ def _unknown_choice(error: MissingConfigException) -> str:
     if error.missing_cfg_file is None or error.options is None:
         return str(error).splitlines()[0]
     group, _, name = error.missing_cfg_file.rpartition("/")
+    if error.missing_cfg_file in EXTRAS:
+        return f"{group}={name} needs a plugin: pip install 'ghostrunner[{EXTRAS[error.missing_cfg_file]}]'"
     hint = suggestion(name, error.options)
     return f"{group}={name} is not a choice{hint} (choices: {', '.join(error.options)})"
 

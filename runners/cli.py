@@ -20,6 +20,7 @@ from runners.experiment_file import register_experiment_files
 from runners.launch import launched
 from runners.resume.command import with_resumed_run
 from runners.resume.lock import enter, entered
+from runners.sweep.scope import sweeps_end_here
 from runners.validate import check
 from runners.validate_world import check_world, refuse_sweep
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class CheckBeforeRun(Callback):
-    """Refuses an impossible config before the run directory is made; a sweep's jobs check at their start."""
+    """Refuses an impossible config before the run directory is made; a sweep's launcher checks its jobs'."""
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         tree = config.copy()
@@ -155,4 +156,5 @@ def _run() -> None:
     sys.argv[1:] = with_resumed_run(sys.argv[1:])
     refuse_sweep(sys.argv[1:], launched())
     register_experiment_files(sys.argv[1:], CONF_DIR / "experiment")
-    compose_and_run("config", task)
+    with sweeps_end_here():
+        compose_and_run("config", task)

@@ -6,7 +6,7 @@ help, completion and composition stay quick.
 """
 # ruff: noqa: RUF009 -- `key` and `fixed` return dataclass fields, not shared values
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -40,7 +40,7 @@ from runners.choices import (
 
 GROUPS = (
     *("model", "data", "engine", "layers", "dtype", "hardware", "optimizer", "trainer", "tracking"),
-    *("experiment", "debug"),
+    *("experiment", "hparams_search", "debug"),
 )
 
 
@@ -379,6 +379,13 @@ class TrackingConfig:
     upload_large: bool = key("copy saved weights and stores of projections too")
 
 
+@dataclass
+class SweepConfig:
+    """What a sweep does with its jobs."""
+
+    skip_finished: bool = key("leave out jobs that a finished run has computed before (sweeps)", True)
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -404,6 +411,7 @@ class RunConfig:
     optimizer: OptimizerConfig = MISSING
     trainer: TrainerConfig = MISSING
     tracking: TrackingConfig = MISSING
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 # Names without a group, so that neither help nor completion offers them as choices. A YAML file takes its

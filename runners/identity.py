@@ -12,7 +12,7 @@ from runners.tracking import flatten
 # Where a run's files and records go, what is shown of it, and how its process is started.
 WITHOUT_EFFECT = (
     *("output_dir", "resume", "dry_run", "verify", "preview", "report_text"),
-    *("tracking", "model.name", "data.num_workers"),
+    *("tracking", "sweep", "model.name", "data.num_workers"),
     *("trainer.checkpoint_every", "trainer.keep_checkpoints"),
 )
 

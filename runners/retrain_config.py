@@ -32,6 +32,7 @@ IDLE: dict[str, tuple[object, str]] = {
     "report_text": (False, "has no use in runners.retrain"),
     "verify": (False, "has no use in runners.retrain"),
     "resume": (None, "has no use in runners.retrain, which goes on in its hydra.run.dir"),
+    "sweep.skip_finished": (True, "has no use in runners.retrain, which goes on where it ended"),
     "trainer.eval_only": (False, "has no use in runners.retrain"),
     "data.keep": (None, "does not go with runners.retrain, which drops samples itself"),
     "data.drop": (None, "does not go with runners.retrain, which drops samples itself"),

@@ -31,6 +31,7 @@ from runners.data import build_data
 from runners.data.base import DataBundle
 from runners.data.loader import train_batches, val_batch, val_batches_by_domain, write_samples
 from runners.environment import device_description, git_state, versions
+from runners.identity import fingerprint
 from runners.layers import layer_selection
 from runners.loop import VAL_LOSS, TrainingLoop, held_out_losses
 from runners.losses import Task, build_task
@@ -46,6 +47,7 @@ from runners.resume.names import CONFIG_FILE
 from runners.resume.signals import StopSignals
 from runners.resume.state import Trained
 from runners.summary import print_summary, replay_command
+from runners.sweep.record import parent_run_id
 from runners.together import EndingTogether
 from runners.tracking import MODEL_FOLDER, NullTracker, build_tracker, flatten
 from runners.values import VALUES_FILE, VALUES_SCHEMA, write_columns, write_values
@@ -78,7 +80,7 @@ def run_tracker(cfg: DictConfig, out: Path, world: World) -> NullTracker:
     if not world.is_main:
         return NullTracker(out)
     cwd = Path(HydraConfig.get().runtime.cwd)
-    return build_tracker(cfg.tracking, out, cwd, run_id=tracked_run_id(out))
+    return build_tracker(cfg.tracking, out, cwd, run_id=tracked_run_id(out), parent_run_id=parent_run_id())
 
 
 def recorded_run(
@@ -193,6 +195,7 @@ def record_setup(
         "seed": str(cfg.seed),
         "world_size": str(world.world_size),
         "data.fingerprint": data.fingerprint,
+        "config.fingerprint": fingerprint(cfg),
     }
     tags |= further_tags or {}
     log.info("Running on %s", tags["device"])

@@ -1,9 +1,11 @@
 """Mistakes on a command line, as Hydra reports them and as they are said."""
 
 import pytest
+from hydra.errors import MissingConfigException
 
 from analysis.aggregate import command as aggregate
 from analysis.compare import command as compare
+from conf.hydra_errors import sentence
 from tests.analysis.command_line import Command, in_process
 
 __all__ = ["in_process"]
@@ -36,3 +38,12 @@ def test_a_command_of_one_thing_refuses_a_sweep(
 def test_a_value_in_the_place_of_keys(in_process: Command, capfd: pytest.CaptureFixture[str]) -> None:
     assert in_process(compare.main, "groups=[a]", "baseline=a") == 2
     assert "groups=[a] is no place for a value: its keys have them" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "extra"),
+    [("hydra/launcher", "submitit_slurm", "slurm"), ("hydra/sweeper", "optuna", "optuna")],
+)
+def test_a_missing_plugin_names_its_extra(group: str, name: str, extra: str) -> None:
+    error = MissingConfigException("…", missing_cfg_file=f"{group}/{name}", options=["basic"])
+    assert sentence(error, [], []) == f"{group}={name} needs a plugin: pip install 'ghostrunner[{extra}]'"

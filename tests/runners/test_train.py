@@ -311,7 +311,7 @@ def test_jobs_of_a_sweep_do_not_share_a_directory(
 ) -> None:
     options = ["seed=0,1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=same"]
     assert line("-m", *TOKENS, *options) == MISTAKE
-    assert "holds an earlier run" in capsys.readouterr().err
+    assert "hydra.sweep.subdir=same is the directory of job 0" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- numbers

@@ -15,7 +15,14 @@ from urllib.parse import unquote, urlparse
 
 from analysis.errors import AnalysisError
 from analysis.runs import CONFIG_FILE, ENVIRONMENT_FILE, Run, load_run
-from analysis.tracking_store import one_line, prepare_mlflow, resolve_uri, sqlite_path, without_password
+from analysis.tracking_store import (
+    missing_database,
+    one_line,
+    prepare_mlflow,
+    resolve_uri,
+    sqlite_path,
+    without_password,
+)
 from conf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -115,8 +122,7 @@ def _longer_name(run: Run, length: int) -> str:
 def _tracked(name: str, uri: str | None, cwd: Path, downloads: Path) -> list[Run]:
     """The runs that MLflow knows by this name."""
     address = resolve_uri(uri, cwd)
-    database = sqlite_path(address)
-    if database is not None and not database.exists():  # MLflow would make an empty store and look in it
+    if database := missing_database(address):
         raise AnalysisError(
             f"{name} is no directory, and there is no tracking store {database} to find it in: give a run "
             "directory, or tracking.uri=STORE"

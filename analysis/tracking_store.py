@@ -46,6 +46,12 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
+def missing_database(uri: str) -> Path | None:
+    """The file of a resolved SQLite address that is not there: MLflow would make an empty store of it."""
+    database = sqlite_path(uri)
+    return database if database is not None and not database.exists() else None
+
+
 def without_password(uri: str) -> str:
     """The address as it may be shown: a password in it becomes `***`."""
     return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", uri)
@@ -62,8 +68,7 @@ def download(uri: str, artifact: str, folder: Path) -> Path:
     Raises:
         ConfigError: the store or the artifact is not there.
     """
-    database = sqlite_path(uri)
-    if database is not None and not database.exists():  # MLflow would make an empty store and look in it
+    if database := missing_database(uri):
         raise ConfigError(f"{artifact}: there is no tracking store {database}, give tracking.uri=STORE")
     prepare_mlflow()
     from mlflow.artifacts import download_artifacts

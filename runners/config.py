@@ -374,7 +374,7 @@ class TrackingConfig:
     enabled: bool = key("log to MLflow")
     uri: str | None = key("server or store; null: mlflow.db in the folder the command is typed in", None)
     experiment: str = key("name of the MLflow experiment")
-    run_name: str | None = key("name of the MLflow run; null: the last two parts of the run directory", None)
+    run_name: str | None = key("name of the MLflow run; null: after its directory and what it trains", None)
     upload: bool = key("copy the run directory's files to the MLflow run")
     upload_large: bool = key("copy saved weights and stores of projections too")
 

@@ -31,7 +31,7 @@ from runners.distortion_config import check_distortion
 from runners.distortion_report import Draw, Measurement, metrics, samples, table, write_report
 from runners.layers import layer_selection
 from runners.losses import Task, build_task
-from runners.report import REPORT_FILE, leave_report
+from runners.report import REPORT_FILE, headline, leave_report
 from runners.tracking import NullTracker, build_tracker
 from runners.train import build_placed, prepare_machine, record_setup
 from runners.verification import print_whole
@@ -65,6 +65,7 @@ def run(cfg: DictConfig) -> list[Measurement]:
         for step, values in metrics(found).items():
             tracker.log_metrics(step, values)
         leave_report(out, None)
+        tracker.describe(headline(out))
         tracker.log_artifacts(out)
         tracker.finish()
         _say_left_out(len(Y) - samples(found))

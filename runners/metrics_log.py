@@ -13,7 +13,8 @@ from typing import IO
 log = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
-_RESERVED = frozenset({"step", "time", "non_finite"})
+RESERVED = frozenset({"step", "time", "non_finite"})
+"""Keys of a line that are no metric's name."""
 
 
 class MetricsLog:
@@ -35,7 +36,7 @@ class MetricsLog:
             ValueError: a value is named "step", "time" or "non_finite".
             OSError: the system does not take the line; what it took of it is cut off by the next `append`.
         """
-        if clash := sorted(_RESERVED & values.keys()):
+        if clash := sorted(RESERVED & values.keys()):
             raise ValueError(f"a metric must not be named {clash[0]!r}: {FILE_NAME} needs that key itself")
         row: dict[str, object] = {"step": int(step), "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}

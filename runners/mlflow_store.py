@@ -4,7 +4,7 @@ import logging
 import os
 import sqlite3
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -24,12 +24,43 @@ _LOCK_SECONDS = 120.0  # creating a store takes 2-4 s, and a whole sweep may que
 
 
 @dataclass(frozen=True)
+class StoreFile:
+    """An SQLite store's file, as it was when it was opened."""
+
+    path: Path
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "StoreFile":
+        """The file at this path now."""
+        found = path.stat()
+        return cls(path, found.st_dev, found.st_ino)
+
+    def is_there(self) -> bool:
+        """Whether the path still leads to the same file."""
+        try:
+            return StoreFile.of(self.path) == self
+        except FileNotFoundError:
+            return False
+
+
+@dataclass(frozen=True)
 class Store:
     """An open tracking store and the experiment in it that takes the run."""
 
     uri: str
     client: "MlflowClient"
     experiment_id: str
+    file: StoreFile | None = None
+
+    def refuse_lost(self) -> None:
+        """Raises `FileNotFoundError` where an SQLite store is no longer the file that was opened.
+
+        SQLite would go on writing to the deleted file, and nobody would ever find it.
+        """
+        if self.file is not None and not self.file.is_there():
+            raise FileNotFoundError(2, "deleted or replaced while the run was going", str(self.file.path))
 
 
 def open_store(uri: str, experiment: str) -> Store:
@@ -44,6 +75,8 @@ def open_store(uri: str, experiment: str) -> Store:
     # A new store reports each of its migrations; that says nothing to whoever started a training run.
     for noisy in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It would repeat for every try what is said once of an outage.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     database = sqlite_path(uri)
     if database is not None:
         return _open_sqlite(uri, database, experiment)
@@ -66,7 +99,12 @@ def _open_sqlite(uri: str, database: Path, experiment: str) -> Store:
         # Several jobs that create one store at once leave it broken, so each opens it in turn.
         with lock:
             _refuse_unusable(database)
-            return _connect(uri, experiment, artifact_location=str(database.parent / "mlartifacts"))
+            opened = _connect(uri, experiment, artifact_location=str(database.parent / "mlartifacts"))
+            if not database.exists():  # MLflow has connections to the deleted file
+                raise ConfigError(
+                    f"tracking.uri={uri} was deleted while this process had it open: type the command again."
+                )
+            return replace(opened, file=StoreFile.of(database))
     except Timeout as error:
         raise ConfigError(
             f"tracking.uri={uri} was held by another process for {_LOCK_SECONDS:.0f} s: end it, or choose "

@@ -22,7 +22,7 @@ from runners.losses import Task, build_task
 from runners.progress import ProjectionLine, readable
 from runners.project_summary import measure_distortion, show_projection, typed_overrides
 from runners.projection_store import describe_store, open_writer, refuse_other_store, row_bytes, store_folder
-from runners.report import leave_report
+from runners.report import headline, leave_report
 from runners.resume.earlier import mark_finished
 from runners.resume.signals import StopSignals
 from runners.summary import replay_command
@@ -243,6 +243,7 @@ def finish(
         metrics |= {"distortion/rms": distortion.rms, "distortion/spearman": distortion.spearman}
     tracker.log_metrics(last_step, metrics)
     leave_report(out, None)
+    tracker.describe(headline(out))
     tracker.log_artifacts(out)
     tracker.log_store(folder)
     tracker.finish()

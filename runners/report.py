@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from analysis.errors import AnalysisError
-from analysis.report import write_run_report
+from analysis.report import run_headline, write_run_report
 from analysis.runs import ENVIRONMENT_FILE, load_run
 from ghost.atomic import written_beside
 
@@ -47,3 +47,12 @@ def leave_report(out: Path, previews: Mapping[str, str] | None) -> None:
         write_run_report(load_run(out), out / REPORT_FILE, previews)
     except (AnalysisError, OSError, ValueError) as error:  # numbers that cannot be drawn, a full disk
         log.error("The report could not be written: %s", error)
+
+
+def headline(out: Path) -> str:
+    """The run in a few lines of Markdown; empty, with a line in the log, where its files do not give them."""
+    try:
+        return run_headline(load_run(out))
+    except (AnalysisError, OSError, ValueError) as error:
+        log.error("The run's description could not be made: %s", error)
+        return ""

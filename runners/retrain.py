@@ -166,7 +166,7 @@ def plan(cfg: DictConfig) -> Table:
 
 def _start(cfg: DictConfig, out: Path, tracker: NullTracker) -> None:
     """The MLflow run that all others are shown under; a command that is typed again takes it up."""
-    resolved = OmegaConf.to_container(cfg, resolve=True)
+    resolved = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     tracker.start(flatten(resolved), {"retrain.group": "all"})  # type: ignore[arg-type]
     if tracker.run_id is not None:
         (out / _TRACKED_AS).write_text(tracker.run_id, encoding="utf-8")

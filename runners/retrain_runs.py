@@ -10,11 +10,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from analysis.runs import Run, load_run
-from conf.errors import ConfigError
+from analysis.tracking_store import resolve_uri
+from conf.errors import ConfigError, UserError
 from conf.help_text import typed
+from runners.mlflow_store import open_store
 from runners.progress import duration
 from runners.tracking import build_tracker, flatten
+from runners.tracking_record import RECORD_FILE, RUNNING, Record
 from runners.train import recorded_run
+from runners.upload import bring_up_to_date, close_killed
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ class Runs:
             log.info("Run %d of %d: %s is there.", self._met, self._total, name)
             return replace(load_run(folder), name=name)
         log.info("Run %d of %d: %s%s", self._met, self._total, name, self._remaining())
-        self._set_aside(folder)
+        self._set_aside(folder, cfg.tracking)
         cfg.output_dir = str(folder)
         began = time.monotonic()
         self._make(folder, cfg, {"retrain.group": group, "retrain.seed": str(seed)})
@@ -76,7 +80,8 @@ class Runs:
         ):
             recorded_run(cfg, tracker, tags)
 
-    def _set_aside(self, folder: Path) -> None:
+    def _set_aside(self, folder: Path, tracking: DictConfig) -> None:
+        """Move what an unfinished run left out of the way."""
         if not folder.exists():
             return
         name = "-".join(folder.parts[-2:])
@@ -86,6 +91,18 @@ class Runs:
         target.parent.mkdir(exist_ok=True)
         folder.replace(target)
         log.warning("%s was not finished: what is left of it is now in %s", folder, target)
+        if self._parent_run_id is not None and (target / RECORD_FILE).exists():
+            self._end_killed(target, tracking)
+
+    def _end_killed(self, folder: Path, tracking: DictConfig) -> None:
+        """End the MLflow run of an attempt that was killed; the run that starts anew has one of its own."""
+        try:
+            record = Record.read(folder)
+            if record.status == RUNNING and close_killed(record, folder, ended=True):
+                store = open_store(resolve_uri(tracking.uri, self._cwd), tracking.experiment)
+                bring_up_to_date(record, folder, store)
+        except UserError as error:
+            log.warning("MLflow still shows the unfinished run as it was: %s", error)
 
     def _remaining(self) -> str:
         """An estimate of the time left, once a run has been timed."""

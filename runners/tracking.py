@@ -5,8 +5,9 @@ import shlex
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -16,17 +17,24 @@ from omegaconf import DictConfig
 from analysis.tracking_store import one_line, resolve_uri, without_password
 from conf.errors import ConfigError
 from runners.metrics_log import MetricsLog
+from runners.mlflow_metrics import MetricsFeed, known_steps
+from runners.mlflow_page import DESCRIPTION, default_run_name, run_url, ui_command, ui_tags
 from runners.mlflow_run import MlflowRun
+from runners.mlflow_sender import Operation, Sender
 from runners.mlflow_store import open_store
-from runners.resume.files import FOLDER as CHECKPOINTS_FOLDER
-from runners.resume.names import LOCK_FILE
+from runners.tracking_record import (
+    MODEL_FOLDER,
+    RECORD_FILE,
+    RUNNING,
+    STORE_FOLDER,
+    Record,
+    artifacts_in,
+    store_artifact,
+)
 
 log = logging.getLogger(__name__)
 
-_UI_PORT = 5000
-
-MODEL_FOLDER, STORE_FOLDER = "model", "projections"
-"""Folders of a run directory that are not uploaded with its other files."""
+_NAMED = 4  # of what a store lacks
 
 
 def build_tracker(
@@ -54,8 +62,13 @@ def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]
     return flat
 
 
+def param_texts(config: Mapping[str, object]) -> dict[str, str]:
+    """A flattened config as MLflow keeps it, without the passwords of addresses."""
+    return {name: without_password(str(value)) for name, value in config.items()}
+
+
 class NullTracker:
-    """Keeps `metrics.jsonl`, and `traceback.txt` of a run that fails, in the run directory; no MLflow.
+    """Keeps `metrics.jsonl`, `tracking.json`, and `traceback.txt` of a run that fails, in the run directory.
 
     A context manager around the run. A termination signal inside the block becomes SystemExit, so that
     whatever the run holds open is written and closed as after any other exception.
@@ -66,7 +79,7 @@ class NullTracker:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
         self._metrics = MetricsLog(output_dir)
-        self._started = False
+        self._record: Record | None = None
         self._scope = ExitStack()
 
     def __enter__(self) -> Self:
@@ -80,7 +93,7 @@ class NullTracker:
         with self._scope:
             if error is None:
                 self.finish()
-            elif self._started:
+            elif self._record is not None:
                 self._abort(error)
 
     def start(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
@@ -89,7 +102,8 @@ class NullTracker:
         Raises:
             ConfigError: the tracking store cannot be used.
         """
-        self._started = True
+        texts, name = param_texts(params), default_run_name(params, self.output_dir)
+        self._begin(Record(texts, {**ui_tags(tags), **tags}, texts.get("tracking.experiment"), name))
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers of one step; NaN and infinities are kept as what they are.
@@ -107,18 +121,26 @@ class NullTracker:
         """Cut `metrics.jsonl` to an earlier length; the tracking store keeps what it has."""
         self._metrics.go_back(metrics_bytes)
 
+    def describe(self, text: str) -> None:
+        """Give the run a description, in Markdown."""
+        self._begun().tags[DESCRIPTION] = text
+
     def log_artifacts(self, directory: Path) -> None:
         """Copy a directory's files to the run's artifacts, but for checkpoints, stores of projections and,
         unless `tracking.upload_large` asks for them, saved weights.
         """
+        self._begun().add_artifacts(directory, self.output_dir)
 
     def log_store(self, directory: Path) -> None:
         """Copy a store's manifest to the artifacts' folder `projections`; with `tracking.upload_large` all
         of it.
         """
+        self._begun().add_store(directory, self.output_dir)
 
     def finish(self) -> None:
         """End the run as FINISHED; a second call does nothing."""
+        if self._record is not None and self._record.status == RUNNING:
+            self._end(self._record, "FINISHED", None)
 
     def ui_command(self) -> str | None:
         """The shell command that serves the run's page; None where a server does, or nothing is tracked."""
@@ -128,19 +150,40 @@ class NullTracker:
         """The address of the run's page; None before `start` and where nothing is tracked."""
         return None
 
+    def _begin(self, record: Record) -> None:
+        self._record = record
+        record.write(self.output_dir)
+        (self.output_dir / "traceback.txt").unlink(missing_ok=True)  # of an attempt that this one mends
+
+    def _begun(self) -> Record:
+        if self._record is None:
+            raise RuntimeError("Tracker.start comes before anything is logged")
+        return self._record
+
+    def _end(self, record: Record, status: str, error: BaseException | None) -> None:
+        """Note the end on disk, whatever becomes of the store."""
+        record.end(status, None if error is None else one_line(error))
+        try:
+            record.write(self.output_dir)
+        except OSError as refused:  # a full disk may be what ended the run: its error must still get through
+            log.error("%s could not be written: %s", RECORD_FILE, refused)
+
     def _abort(self, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
         try:
             (self.output_dir / "traceback.txt").write_text(text, encoding="utf-8")
-        except OSError as refused:  # a full disk may be what ended the run: its error must still get through
+        except OSError as refused:
             log.error("traceback.txt could not be written: %s", refused)
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        self._end(self._begun(), "KILLED" if stopped else "FAILED", error)
 
 
 class Tracker(NullTracker):
     """The same record, and an MLflow run beside it.
 
     The run ends as FINISHED, as FAILED with the traceback as artifact `traceback.txt` and the tag `error`,
-    or as KILLED on SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and SystemExit. MLflow is imported by `start`.
+    or as KILLED on SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C and SystemExit. MLflow is imported by `start`, which
+    alone waits for the store; after it a thread sends, and only the end waits for that.
     """
 
     def __init__(
@@ -170,98 +213,112 @@ class Tracker(NullTracker):
         self._cfg = tracking_cfg
         self._parent_run_id = parent_run_id
         self._run: MlflowRun | None = None
-        self._ended = False
+        self._sender: Sender | None = None
 
     def start(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Open the store, create the run or take up the given one, and log its params and tags.
 
-        Params longer than 6,000 characters are cut; a resumed run keeps the params that it began with.
+        Params longer than 6,000 characters are cut; a resumed run keeps the params that it began with, and
+        the metrics that the store has. What `metrics.jsonl` has beyond those is sent as well, so it must be
+        cut back to the checkpoint before anything is logged.
 
         Raises:
             ConfigError: the store cannot be used, or holds no run of the given id.
         """
+        texts, tags = param_texts(params), {**ui_tags(tags), **tags}
+        name = self._cfg.run_name or default_run_name(params, self.output_dir)
         store = open_store(self.uri, self._cfg.experiment)
         from mlflow.exceptions import MlflowException
 
-        name = self._cfg.run_name or "/".join(self.output_dir.absolute().parts[-2:])
+        shown = without_password(self.uri)
         try:
             if self.run_id:
-                self._run = MlflowRun.resume(store, self.run_id)
+                run = MlflowRun.resume(store, self.run_id)
+                known = known_steps(run)
             else:
-                self._run = MlflowRun.create(store, name, self._parent_run_id)
-            self.run_id = self._run.run_id
-            self._started = True
-            self._run.begin(params, tags)
+                run, known = MlflowRun.create(store, name, self._parent_run_id), {}
+            self.run_id, self._run = run.run_id, run
+            self._sender = Sender(Operation("metrics", MetricsFeed(run, self.output_dir, known).send))
+            record = Record(
+                texts, tags, self._cfg.experiment, run.name, shown, run.run_id, run.parent_run_id,
+                self._cfg.upload, self._cfg.upload_large,
+            )  # fmt: skip
+            self._begin(record)
+            run.begin(texts, tags)
         except MlflowException as error:
-            shown = without_password(self.uri)
             raise ConfigError(f"tracking.uri={shown} does not take the run: {one_line(error)}") from error
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of one step; the store gets them every 5 seconds or 500 numbers.
+        """Record numbers of one step; the store gets them every 5 seconds.
 
         Raises:
             ValueError: a metric is named "step", "time" or "non_finite", which `metrics.jsonl` needs.
         """
         super().log_metrics(step, values)
-        self._running().add_metrics(step, values)
+        self._sending().start()
+
+    def describe(self, text: str) -> None:
+        super().describe(text)
+        self._sending().add("its description", partial(self._running().set_tags, {DESCRIPTION: text}))
 
     def log_artifacts(self, directory: Path) -> None:
         """Upload a directory's files to the run; with `tracking.upload=false` they stay where they are."""
+        super().log_artifacts(directory)
         if not self._cfg.upload:
             log.info("tracking.upload=false: the artifacts stay in %s", directory)
             return
-        left_out = {STORE_FOLDER, CHECKPOINTS_FOLDER, LOCK_FILE}
-        if not self._cfg.upload_large:
-            left_out.add(MODEL_FOLDER)
-        for path in sorted(directory.iterdir()):
-            if path.name not in left_out:
-                self._running().upload(path, path.name if path.is_dir() else None)
-            elif path.name == MODEL_FOLDER:
-                log.info("tracking.upload_large=false: the weights stay in %s", path)
+        for path, folder in artifacts_in(directory, self._cfg.upload_large):
+            self._upload(path, folder)
+        if not self._cfg.upload_large and (directory / MODEL_FOLDER).is_dir():
+            log.info("tracking.upload_large=false: the weights stay in %s", directory / MODEL_FOLDER)
 
     def log_store(self, directory: Path) -> None:
+        super().log_store(directory)
         if self._cfg.upload:
-            what = directory if self._cfg.upload_large else directory / "manifest.json"
-            self._running().upload(what, STORE_FOLDER)
-
-    def finish(self) -> None:
-        """Send what is pending and end the run as FINISHED; a second call does nothing."""
-        if self._started and not self._ended:
-            self._running().end("FINISHED")
-            self._ended = True
+            self._upload(store_artifact(directory, self._cfg.upload_large), STORE_FOLDER)
 
     def ui_command(self) -> str | None:
         """The shell command that serves the run's page on this machine only, with few processes."""
-        if self.uri.startswith("http"):
-            return None
-        settings = "MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
-        store = shlex.quote(without_password(self.uri))
-        return (
-            f"{settings} mlflow ui --backend-store-uri {store} --workers 1 --host 127.0.0.1 --port {_UI_PORT}"
-        )
+        return ui_command(self.uri)
 
     def run_url(self) -> str | None:
         """The address of the run's page, on the tracking server or where `ui_command` serves it."""
-        if self._run is None:
-            return None
-        base = without_password(self.uri) if self.uri.startswith("http") else f"http://127.0.0.1:{_UI_PORT}"
-        page = f"experiments/{self._run.store.experiment_id}/runs/{self._run.run_id}"
-        # The query belongs to the page's own router, so it stands behind the #; without it MLflow opens the
-        # view for chat traces.
-        return f"{base}/#/{page}?workflowType=machine_learning"
+        run = self._run
+        return None if run is None else run_url(self.uri, run.store.experiment_id, run.run_id)
 
     def _running(self) -> MlflowRun:
         if self._run is None:
             raise RuntimeError("Tracker.start comes before anything is logged")
         return self._run
 
-    def _abort(self, error: BaseException) -> None:
-        super()._abort(error)
-        run = self._running()
-        if self._cfg.upload:
-            run.upload(self.output_dir / "traceback.txt")
-        run.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED", error)
-        self._ended = True
+    def _sending(self) -> Sender:
+        if self._sender is None:
+            raise RuntimeError("Tracker.start comes before anything is logged")
+        return self._sender
+
+    def _upload(self, path: Path, folder: str | None = None) -> None:
+        self._sending().add(path.name, partial(self._running().upload, path, folder))
+
+    def _end(self, record: Record, status: str, error: BaseException | None) -> None:
+        """Close the run, and wait until the store has all, or has failed for a while."""
+        super()._end(record, status, error)
+        if error is not None and self._cfg.upload:
+            self._upload(self.output_dir / "traceback.txt")
+        sender = self._sending()
+        sender.add(f"its end as {status}", partial(self._running().end, status, record.error))
+        if missing := sender.drain():
+            log.error(
+                "the tracking store lacks %s of run %s. Nothing is lost: when the store is back, type %s",
+                _enumerated(missing),
+                self.run_id,
+                shlex.join(["python", "-m", "runners.upload", f"run={self.output_dir}"]),
+            )
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """The first few names, and how many there are besides."""
+    shown, more = names[:_NAMED], len(names) - _NAMED
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager

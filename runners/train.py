@@ -38,7 +38,7 @@ from runners.losses import Task, build_task
 from runners.models import build_model, parameter_dtype, place
 from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
-from runners.report import leave_report, record_environment
+from runners.report import headline, leave_report, record_environment
 from runners.resume.checkpoints import Checkpoints
 from runners.resume.earlier import mark_finished, take_up, tracked_run_id
 from runners.resume.faults import disk_errors_named, way_on_said
@@ -117,6 +117,7 @@ def _recorded_run(
     world.barrier()  # all score shards are written
     if world.is_main:
         leave_results(cfg, out, data)
+        tracker.describe(headline(out))
         tracker.log_artifacts(out)
         tracker.finish()
     return data, val_loss
@@ -178,7 +179,7 @@ def record_setup(
     Raises:
         ConfigError: The unfinished run was of other data.
     """
-    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
     earlier = take_up(out, data.fingerprint)
     if not (out / CONFIG_FILE).exists():  # else it says how the run was begun
         with written_beside(out / CONFIG_FILE) as partial:

@@ -4,6 +4,7 @@ The page loads nothing: its style is in it, its figures are SVG in it, and it ne
 """
 
 from analysis.report.comparison import write_comparison_report
+from analysis.report.headline import run_headline
 from analysis.report.run import shown_samples, write_run_report
 
-__all__ = ["shown_samples", "write_comparison_report", "write_run_report"]
+__all__ = ["run_headline", "shown_samples", "write_comparison_report", "write_run_report"]

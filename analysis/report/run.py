@@ -18,7 +18,7 @@ __all__ = ["shown_samples", "write_run_report"]
 
 Maker = Callable[[Run], Section]
 
-_LEADS = {
+LEADS = {
     Kind.SCORED: "What each training sample was worth to the validation loss.",
     Kind.PLAIN: "Plain training, without a value for any sample.",
     Kind.EVALUATED: "One evaluation of a model; nothing was trained.",
@@ -48,7 +48,7 @@ def run_page(run: Run, previews: Previews | None) -> Page:
     environ = _environment(run, lacking)
     if lacking:
         sections.append(Section("Not in this report", [Points(lacking)]))
-    lead = _LEADS[kind]
+    lead = LEADS[kind]
     if kind is Kind.SCORED:
         lead += f" Positive values helped, negative ones harmed: {score_note(run.config)}."
     return Page(
@@ -56,7 +56,7 @@ def run_page(run: Run, previews: Previews | None) -> Page:
         title=facts.title(run.config),
         lead=lead,
         facts=facts.described(run, environ),
-        key_figures=_key_figures(run, kind),
+        key_figures=key_figures(run, kind),
         notices=_notices(run, kind),
         sections=sections,
     )
@@ -120,7 +120,7 @@ def _notices(run: Run, kind: Kind) -> list[str]:
     return [f"This run was at step {done} of {wanted} when it was last heard of."] if done < wanted else []
 
 
-def _key_figures(run: Run, kind: Kind) -> list[KeyFigure]:
+def key_figures(run: Run, kind: Kind) -> list[KeyFigure]:
     """The first numbers to look at; what cannot be read is left out here and explained further down."""
     makers: Mapping[Kind, Sequence[Callable[[Run], list[KeyFigure]]]] = {
         Kind.SCORED: [_values_figures, _loss_figures, _coverage_figures, _cost_figures],

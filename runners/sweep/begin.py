@@ -9,14 +9,7 @@ from omegaconf import DictConfig
 from conf.command import MISTAKE, say
 from conf.errors import ConfigError
 from conf.refuse import refuse
-
-# By the name that is typed: Hydra's own launcher and those of its plugins.
-LAUNCHERS = {
-    "basic": "SerialLauncher",
-    "joblib": "JoblibLauncher",
-    "submitit_local": "LocalLauncher",
-    "submitit_slurm": "SlurmLauncher",
-}
+from runners.sweep.launchers import LAUNCHERS, registered
 
 
 class BeginSweep(Callback):
@@ -36,7 +29,7 @@ class BeginSweep(Callback):
                 raise ConfigError(
                     f"hydra/launcher={choice} keeps no record of a sweep: type one of {', '.join(LAUNCHERS)}"
                 )
-        config.hydra.launcher._target_ = f"hydra_plugins.ghostrunner_launchers.{LAUNCHERS[choice]}"
+        config.hydra.launcher._target_ = registered(choice)
 
 
 @contextmanager

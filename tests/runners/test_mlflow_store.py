@@ -2,9 +2,6 @@
 
 import os
 import sqlite3
-import subprocess
-import sys
-import textwrap
 from contextlib import closing
 from pathlib import Path
 
@@ -99,28 +96,3 @@ def test_network_file_system_gets_a_warning(
     open_store(resolve_uri(None, tracked_cwd), "x")
     assert "network file system (nfs4)" in caplog.text
     assert "tracking.uri=http://host:port" in caplog.text
-
-
-@pytest.mark.slow
-def test_one_new_store_opened_by_three_processes_at_once(tmp_path: Path) -> None:
-    code = f"""
-        from pathlib import Path
-        from omegaconf import OmegaConf
-        from runners.tracking import Tracker
-        cwd = Path({str(tmp_path)!r})
-        cfg = OmegaConf.create(dict(enabled=True, uri=None, experiment="sweep", run_name=None, upload=False))
-        with Tracker(cfg, cwd, cwd) as tracker:
-            tracker.start({{"a": 1}}, {{}})
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    root = Path(mlflow_store.__file__).parents[1]
-    jobs = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    errors = [job.communicate()[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0], errors
-    assert errors == ["", "", ""]  # no migration report on the console of a training run
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = client.get_experiment_by_name("sweep")
-    assert experiment is not None
-    assert experiment.artifact_location == str(tmp_path / "mlartifacts")
-    runs = client.search_runs([experiment.experiment_id])
-    assert [run.info.status for run in runs] == ["FINISHED"] * 3

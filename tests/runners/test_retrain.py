@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from analysis.lists import read_list
 from conf.command import CONF_DIR, FAILED, MISTAKE
 from runners import cli, retrain, retrain_runs, train
 from runners.cli import main as run_py
+from runners.tracking import Tracker
+from runners.tracking_record import Record
 from tests.runners.conftest import Line
 from tests.runners.test_train import saved_config, series, shards, values
 
@@ -322,3 +325,27 @@ def test_seeds_that_gave_the_values_are_named(caplog: pytest.LogCaptureFixture) 
     assert not caplog.messages
     retrain.say_shared_seeds(OmegaConf.create({"retrain": seeds | {"seeds": [2, 3]}}))
     assert caplog.messages[0].startswith("retrain.seeds has 2 of retrain.score_seeds")
+
+
+def test_the_mlflow_run_of_a_killed_attempt_is_ended_by_the_next(
+    tracked_cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    folder = tracked_cwd / "out" / "full" / "seed-1"
+    folder.mkdir(parents=True)
+    tracking = {"enabled": True, "uri": None, "experiment": "e", "run_name": None}
+    cfg = OmegaConf.create({"output_dir": "", "tracking": tracking | {"upload": True, "upload_large": False}})
+    killed = Tracker(cfg.tracking, folder, tracked_cwd, parent_run_id="0" * 32)
+    killed.start({}, {})
+    replace(Record.read(folder), process_started=0.0).write(folder)  # of a process that is no more
+    (folder / "metrics.jsonl").write_text('{"step": 1, "time": 5.0, "train/loss": 2.0}\n')
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(retrain_runs, "recorded_run", stop)
+    with pytest.raises(SystemExit):
+        retrain_runs.Runs(tracked_cwd / "out", tracked_cwd, 1, "0" * 32).made("full", 1, cfg)
+    run = MlflowClient(killed.uri).get_run(str(killed.run_id))
+    assert (run.info.status, run.data.metrics) == ("KILLED", {"train/loss": 2.0})

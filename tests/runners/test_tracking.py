@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 from conf.errors import ConfigError
+from runners import mlflow_sender
 from runners.tracking import NullTracker, Tracker, build_tracker, flatten
 
 MakeTracker = Callable[..., Tracker]
@@ -227,6 +229,8 @@ def test_resumed_run_goes_on_and_keeps_its_params(
     assert run.info.status == "FINISHED"
     assert run.data.params == {"lr": "0.1", "seed": "0", "new": "1"}
     assert "keeps param lr=0.1; it is now 0.2" in caplog.text
+    assert "error" not in run.data.tags  # of the first part
+    assert not (again.output_dir / "traceback.txt").exists()
     assert [row["step"] for row in rows(again.output_dir)] == [1, 2]
     assert f"experiments/{run.info.experiment_id}/runs" in str(again.run_url())
 
@@ -236,26 +240,75 @@ def test_resuming_an_unknown_run_is_one_sentence(make_tracker: MakeTracker) -> N
         make_tracker(run_id="deadbeef").start({}, {})
 
 
-def test_store_that_stops_answering_does_not_end_the_run(
+def test_store_that_stops_answering_neither_ends_nor_holds_up_the_run(
     make_tracker: MakeTracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = make_tracker()
-    calls = []
+    asked, answer = threading.Event(), threading.Event()
 
-    def refuse(*args, **kwargs):
-        calls.append(args)
+    def refuse(*args: object, **kwargs: object) -> None:
+        asked.set()
+        answer.wait(10)
         raise MlflowException("the server is gone")
 
+    monkeypatch.setattr(mlflow_sender, "_INTERVAL", 0.01)
     with tracker:
         tracker.start({}, {})
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "log_batch", refuse)
-            for step in range(3):
-                tracker.log_metrics(step, {f"m{i}": 1.0 for i in range(600)})
-        assert len(calls) == 1  # it waits before it asks a dead server again
-    assert "did not take 600 metrics" in caplog.text
+            tracker.log_metrics(0, {f"m{i}": 1.0 for i in range(600)})
+            assert asked.wait(5)
+            tracker.log_metrics(1, {"m0": 2.0})  # while the store has not answered the first
+            answer.set()
+            while "did not take" not in caplog.text:
+                time.sleep(0.01)
+    assert "did not take metrics (MlflowException: the server is gone)" in caplog.text
     assert len(stored(tracker).data.metrics) == 600
-    assert len(rows(tracker.output_dir)) == 3
+    history = MlflowClient(tracker.uri).get_metric_history(tracker.run_id, "m0")
+    assert [(m.step, m.value) for m in history] == [(0, 1.0), (1, 2.0)]
+
+
+def test_ids_in_the_environment_override_nothing(
+    make_tracker: MakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "0" * 32)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tracker = make_tracker(parent="1" * 32)
+    with tracker:
+        tracker.start({}, {})
+        tracker.log_metrics(1, {"loss": 1.0})
+        tracker.log_artifacts(tracker.output_dir)
+    assert tracker.run_id != "0" * 32
+    run = stored(tracker)
+    assert run.data.tags["mlflow.parentRunId"] == "1" * 32
+    assert run.data.metrics == {"loss": 1.0}
+    assert artifacts(tracker) == {"metrics.jsonl"}
+
+
+def test_a_run_is_named_after_what_it_trains_where_its_directory_says_only_when(
+    make_tracker: MakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    tracker = make_tracker("2026-11-22/10-20-30-123456")
+    with tracker:
+        tracker.start({"model.name": "gpt2-mini", "data.kind": "interpreter"}, {"git.commit": "abc"})
+    run = stored(tracker)
+    assert run.info.run_name == "10-20-30 gpt2-mini interpreter"
+    assert run.data.tags["mlflow.source.name"] == "run.py"
+    assert run.data.tags["mlflow.source.git.commit"] == "abc"
+
+
+def test_a_description_and_the_data_are_shown(make_tracker: MakeTracker) -> None:
+    tracker = make_tracker()
+    with tracker:
+        tracker.start({"data.kind": "digits"}, {"data.fingerprint": "f" * 64})
+        tracker.describe("**Validation loss** 0.3")
+    run = stored(tracker)
+    assert run.data.tags["mlflow.note.content"] == "**Validation loss** 0.3"
+    assert [(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs] == [
+        ("digits", "f" * 12)
+    ]
 
 
 def test_disabled_tracker_never_imports_mlflow(tmp_path: Path) -> None:

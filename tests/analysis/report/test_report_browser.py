@@ -2,8 +2,7 @@
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,23 +60,6 @@ HEADINGS = """() => [...document.querySelectorAll("h1, h2, h3, h4")].map(
 SCROLLING = """() => [...document.querySelectorAll(".scroll")].map(
   (box) => [box.scrollWidth > box.clientWidth, box.tabIndex]
 )"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.fail("Playwright is missing: pip install -e '.[dev]'")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.fail(
-            "Chromium is missing: apt-get install -y --no-install-recommends chromium fonts-dejavu-core"
-        )
-    with sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture

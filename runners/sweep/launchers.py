@@ -1,12 +1,13 @@
-"""The launchers of `run.py`, where Hydra looks for plugins; `runners.sweep` does the work.
+"""The launchers of `run.py`, as Hydra knows launchers; `runners.sweep.ways` and `submitted` do the work.
 
-Hydra imports this file whenever one of its programs starts: nothing here may be slow to import. The settings
-of a launcher are those of Hydra's plugin of the same name.
+The settings of a launcher are those of Hydra's own of the same name. Torch is not imported.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -96,3 +97,23 @@ class SlurmLauncher(LocalLauncher):
         from runners.sweep.submitted import script
 
         return script(jobs, self._settings)
+
+
+# By the name that is typed: Hydra's own launcher and those of its plugins.
+LAUNCHERS: dict[str, type[SerialLauncher]] = {
+    "basic": SerialLauncher,
+    "joblib": JoblibLauncher,
+    "submitit_local": LocalLauncher,
+    "submitit_slurm": SlurmLauncher,
+}
+
+_ADDRESS = "hydra._internal.core_plugins.ghostrunner"
+
+
+def registered(choice: str) -> str:
+    """Make the launcher that stands for a typed name known to Hydra; returns what Hydra calls it."""
+    launcher = LAUNCHERS[choice]
+    # Hydra imports launchers by their address, and from no other packages than its own and `hydra_plugins`.
+    sys.modules[_ADDRESS], launcher.__module__ = sys.modules[__name__], _ADDRESS
+    Plugins.instance().register(launcher)
+    return f"{launcher.__module__}.{launcher.__name__}"

@@ -3,10 +3,10 @@
 import json
 import logging
 import pickle
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +150,32 @@ class Run:
         return any((self.directory / "scores").glob("shard-*.pt"))
 
     def shards(self) -> list[Path]:
-        """The files of the score shards in the order written.
+        """The files of the score shards in the order written, those of all ranks together.
+
+        Raises:
+            AnalysisError: There is none, or one is missing.
+        """
+        return [path for paths in self.shards_of_ranks() for path in paths]
+
+    def shards_of_ranks(self) -> list[list[Path]]:
+        """The files of the score shards in the order written; those that the ranks of a run wrote of the same
+        steps are one entry.
 
         Raises:
             AnalysisError: There is none, or one is missing.
         """
         folder = self.directory / "scores"
-        paths = sorted(folder.glob("shard-*.pt"), key=_shard_number)
-        if not paths:
+        found = {_shard_place(path): path for path in folder.glob("shard-*.pt")}
+        if not found:
             raise AnalysisError(f"{folder} has no score shards: the run scored nothing or wrote nothing.")
-        numbers = [_shard_number(path) for path in paths]
-        if missing := sorted(set(range(numbers[-1] + 1)) - set(numbers)):
-            raise AnalysisError(f"{folder} lacks shard {missing[0]} of 0-{numbers[-1]}: sums would be wrong.")
-        return paths
+        numbers, ranks = (range(max(place) + 1) for place in zip(*found, strict=True))
+        for number, rank in product(numbers, ranks):
+            if (number, rank) not in found:
+                of_rank = f" of rank {rank}" if len(ranks) > 1 else ""
+                raise AnalysisError(
+                    f"{folder} lacks shard {number}{of_rank} of 0-{numbers[-1]}: sums would be wrong."
+                )
+        return [[found[number, rank] for rank in ranks] for number in numbers]
 
     def scores(self) -> Iterator[dict[str, Tensor]]:
         """The score shards in the order written, as `read_shard` reads them."""
@@ -189,8 +202,10 @@ class Run:
             raise _damaged(path, error) from error
 
 
-def _shard_number(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.stem))
+def _shard_place(path: Path) -> tuple[int, int]:
+    """A shard's number, and the rank that wrote it."""
+    number, _, rank = path.stem.removeprefix("shard-").partition("-rank")
+    return int(number), int(rank or 0)
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:

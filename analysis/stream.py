@@ -95,8 +95,9 @@ def read_pieces(run: Run, steps: Steps | None = None, most_rows: int = CHUNK_ROW
         AnalysisError: A shard is missing or damaged, or has steps before those of the shard before it.
     """
     latest = None
-    for path in run.shards():
-        shard, columns = read_shard(path), read_columns(path)
+    for paths in run.shards_of_ranks():
+        path, columns = paths[0], read_columns(paths[0])
+        shard = _together([read_shard(path) for path in paths])
         if not len(shard["step"]):
             continue
         shard = _by_step(shard)
@@ -151,6 +152,13 @@ def _piece(shard: dict[str, Tensor], columns: tuple[Column, ...]) -> Piece:
         shard, lost = {name: column[kept] for name, column in shard.items()}, int((~finite).sum())
         value = value[finite]
     return Piece(Rows(shard["step"].numpy(), shard["sample"].numpy(), value), lost, shard, columns)
+
+
+def _together(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of several ranks, one rank's behind the other's."""
+    if len(shards) == 1:
+        return shards[0]  # mapped into memory, and left there
+    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
 def _by_step(shard: dict[str, Tensor]) -> dict[str, Tensor]:

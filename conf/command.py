@@ -1,7 +1,7 @@
 """A command of the project: compose its config with Hydra, run its jobs, say every error in one sentence.
 
 Exit codes: 0 done, 1 a failure inside the job (with a traceback in its log), 2 a mistake in the command or
-the data (one sentence on stderr), 130 interrupted.
+the data (one sentence on stderr), 130 interrupted, 141 nobody reads what it prints.
 """
 
 import logging
@@ -26,7 +26,7 @@ from conf.hydra_errors import sentence
 log = logging.getLogger(__name__)
 
 CONF_DIR = Path(__file__).resolve().parent
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+FAILED, MISTAKE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 OmegaConf.register_new_resolver("keys_help", keys_help, replace=True)
 
@@ -111,6 +111,10 @@ def exit_code(command: Callable[[], None], groups: Sequence[str], tell: Callable
         # Only from Hydra itself: jobs let nothing but SystemExit and JobFailed through.
         tell(sentence(error, sys.argv[1:], groups))
         return MISTAKE
+    except BrokenPipeError:  # of `--help | head`, say
+        # Python would write what is left at its end, and complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except OSError as error:  # Hydra makes the run directory
         tell(
             f"{error.filename or 'the run directory'} cannot be written ({error.strerror}): choose another "

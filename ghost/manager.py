@@ -117,7 +117,8 @@ class GhostEngineManager:
             )
         if self.config.weight_grads is None:
             self.config = replace(self.config, weight_grads=optimizer is not None)
-        self._ranks = ranks_of(model, ddp_info) if kind.step_wide else ALONE
+        in_step = kind.step_wide or bool(self.config.weight_grads)
+        self._ranks = ranks_of(model, ddp_info) if in_step else ALONE
         self._ddp = ddp_wrapper(model)
         self._ddp_hook: RemovableHandle | None = None
         self.model = unwrap(model)

@@ -3,7 +3,7 @@
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from analysis.tracking_store import without_password
@@ -16,14 +16,32 @@ DESCRIPTION = "mlflow.note.content"
 
 
 def default_run_name(params: Mapping[str, object], output_dir: Path) -> str:
-    """The last two parts of the run directory; of DAY/TIME the time alone, and what is done with what."""
-    day, last = output_dir.absolute().parts[-2:]
-    dated = re.fullmatch(r"(\d\d-\d\d-\d\d)(-\d+)?", last)
-    if dated is None or re.fullmatch(r"\d{4}-\d\d-\d\d", day) is None:
-        return f"{day}/{last}"
+    """The last two parts of the run directory; of DAY/TIME and of a sweep's DAY/TIME/JOB what comes after the
+    day, and what is done with what.
+    """
+    directory = output_dir.absolute()
+    begun, job = time_of(directory), time_of(directory.parent)
+    if begun is None and job is None:
+        return "/".join(directory.parts[-2:])
     program = Path(sys.argv[0]).stem
     subject = (None if program == _TRAINS else program, params.get("model.name"), params.get("data.kind"))
-    return " ".join([dated[1], *(str(name) for name in subject if name)])
+    return " ".join([begun or f"{job}/{directory.name}", *(str(name) for name in subject if name)])
+
+
+def sweep_name(keys: Sequence[str], directory: Path) -> str:
+    """The last two parts of a sweep's directory; of DAY/TIME the time, and the keys that are swept."""
+    begun = time_of(directory.absolute())
+    if begun is None:
+        return "/".join(directory.absolute().parts[-2:])
+    return " ".join([begun, "sweep of", ", ".join(keys)]) if keys else f"{begun} sweep"
+
+
+def time_of(directory: Path) -> str | None:
+    """HH-MM-SS of a directory DAY/TIME, as runs and sweeps are made by default; None for another."""
+    dated = re.fullmatch(r"(\d\d-\d\d-\d\d)(-\d+)?", directory.name)
+    if dated is None or re.fullmatch(r"\d{4}-\d\d-\d\d", directory.parent.name) is None:
+        return None
+    return dated[1]
 
 
 def ui_tags(tags: Mapping[str, str]) -> dict[str, str]:

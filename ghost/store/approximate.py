@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghost.atomic import sync
 from ghost.errors import StoreError
-from ghost.store.files import changing, sync_folder, writing
+from ghost.store.files import changing, writing
 from ghost.store.manifest import Manifest
 from ghost.store.search import Queries, spread, top
 from ghost.store.shards import Shards
@@ -111,7 +112,7 @@ def _index(faiss: Any, rows: _IndexedRows, queries: Queries, description: str, g
             return index  # it holds rows that another process has compacted away: it is not kept
         faiss.write_index(index, str(partial))
         os.replace(partial, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     return index
 
 

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
+from ghost.atomic import sync
 from ghost.errors import StoreError
 from ghost.store import manifest as manifests
-from ghost.store.files import changing, check_size, sync_folder
+from ghost.store.files import changing, check_size
 from ghost.store.journal import Progress, journal_path
 from ghost.store.manifest import Contents, Facts, Manifest, difference
 
@@ -106,4 +107,4 @@ def _remove(directory: Path, names: list[str]) -> None:
     for name in names:
         (directory / name).unlink(missing_ok=True)
     if names:
-        sync_folder(directory)
+        sync(directory)

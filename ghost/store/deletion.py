@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ghost.atomic import write_atomically
+from ghost.atomic import sync, write_atomically
 from ghost.errors import StoreError
 from ghost.store.assembly import clear_leftovers
-from ghost.store.files import npy_pieces, sync_folder
+from ghost.store.files import npy_pieces
 from ghost.store.manifest import Contents, Facts, Manifest, ShardRecord
 from ghost.store.shard import map_ids, read_shard, write_shard
 
@@ -38,7 +38,7 @@ def write_deleted(directory: Path, generation: int, ids: np.ndarray) -> None:
     """Replace the tombstones; whoever calls this holds the folder's lock."""
     path = _tombstones(directory, generation)
     write_atomically(path, lambda file: file.writelines(npy_pieces(np.unique(ids))))
-    sync_folder(directory)
+    sync(directory)
 
 
 def compact(directory: Path, manifest: Manifest, contents: Contents, deleted: np.ndarray) -> None:

@@ -37,7 +37,7 @@ class FileRecord:
 
 
 def write_recorded(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a whole file or none; its name is safe only after `sync_folder`."""
+    """Write a whole file or none; its name is safe only after `ghost.atomic.sync`."""
     digest, size = hashlib.sha256(), 0
 
     def write(file: BinaryIO) -> None:
@@ -75,15 +75,6 @@ def npy_pieces(array: np.ndarray) -> Iterator[bytes | memoryview]:
 def pieces(data: memoryview) -> Iterator[memoryview]:
     """The data in pieces that stay in the processor's cache from the checksum to the file."""
     return (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
-
-
-def sync_folder(directory: Path) -> None:
-    """Make new and removed names in the folder survive a power cut."""
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def damaged(path: Path, how: str) -> StoreError:

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ghost.atomic import write_atomically
+from ghost.atomic import sync, write_atomically
 from ghost.errors import StoreError, shown
 from ghost.layout import Layout, Slice
 from ghost.store.codec import codec
-from ghost.store.files import FileRecord, sync_folder
+from ghost.store.files import FileRecord
 
 SCHEMA_VERSION = 1
 NAME = "manifest.json"
@@ -192,7 +192,7 @@ class Manifest:
             }
         text = json.dumps(described, indent=1) + "\n"
         write_atomically(directory / NAME, lambda file: file.write(text.encode()))
-        sync_folder(directory)
+        sync(directory)
 
 
 def difference(there: Any, here: Any, where: str = "") -> str | None:

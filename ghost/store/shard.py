@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghost.atomic import sync
 from ghost.store.codec import StoredRows, codec
-from ghost.store.files import FileRecord, damaged, npy_pieces, pieces, release, sync_folder, write_recorded
+from ghost.store.files import FileRecord, damaged, npy_pieces, pieces, release, write_recorded
 from ghost.store.manifest import Facts, ShardRecord
 
 
@@ -21,7 +22,7 @@ def write_shard(directory: Path, stem: str, rows: StoredRows, facts: Facts) -> t
     for name, column in (("ids", rows.ids), ("norms", rows.norms), ("scales", rows.scales)):
         if column is not None:
             files.append(write_recorded(directory / f"{name}-{stem}.npy", npy_pieces(column.numpy())))
-    sync_folder(directory)
+    sync(directory)
     release(_matrix_path(directory, stem, facts))
     return tuple(files)
 

@@ -81,6 +81,7 @@ def take_up(out: Path, data_fingerprint: str) -> dict[str, str]:
     Raises:
         ConfigError: It was of other data.
     """
+    _remove_half_written(out)
     if not (out / CONFIG_FILE).exists():
         return {}
     environment = _environment(out)
@@ -90,7 +91,6 @@ def take_up(out: Path, data_fingerprint: str) -> dict[str, str]:
             f"the data of {out} have changed since its run was begun (fingerprint {data_fingerprint[:12]}, "
             f"not {was[:12]}): restore them, or start again in another directory"
         )
-    _remove_half_written(out)
     (out / "traceback.txt").unlink(missing_ok=True)
     return environment
 

@@ -6,11 +6,12 @@ Torch is not imported: whether a directory has checkpoints is asked before a run
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from ghost.atomic import sync
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +84,6 @@ def _prune(out: Path, step: int, keep: int) -> None:
     later = [path for number, path in folders(out) if number > step]
     for path in earlier[keep:] + later:
         shutil.rmtree(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def damage(folder: Path) -> str | None:

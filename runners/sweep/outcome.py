@@ -15,7 +15,7 @@ from runners.progress import duration
 from runners.summary import print_line
 from runners.sweep.earlier import EarlierRun, environment
 from runners.sweep.jobs import Job
-from runners.sweep.record import Status, read_job
+from runners.sweep.record import JobRecord, Status, read_job
 from runners.values import VALUES_FILE
 
 JOBS_FILE = "jobs.csv"
@@ -57,8 +57,7 @@ def outcome_of(job: Job, stopped: str | None) -> Outcome:
     Args:
         stopped: What its scheduler says of its end; None where it has not been asked.
     """
-    record = read_job(job.directory)
-    assert record is not None, f"{job.name} was not submitted"
+    record = read_job(job.directory) or JobRecord(job.fingerprint)
     status, error = record.status, record.error
     if status == Status.started or (status == Status.queued and stopped is not None):
         status, error = Status.killed, stopped or "its process ended without a word"

@@ -16,6 +16,7 @@ from rich.console import Console
 from conf.command import FAILED, JobFailed
 from conf.errors import ConfigError, UserError
 from runners.environment import git_state
+from runners.mlflow_page import sweep_name
 from runners.mlflow_store import Store, open_store
 from runners.summary import print_ways_on
 from runners.sweep.earlier import EarlierRun, earlier_run
@@ -112,7 +113,8 @@ class Sweep(AbstractContextManager["Sweep"]):
         """Create the store and the parent run in this process: a new SQLite store that several jobs open at
         once ends broken.
         """
-        tracking = tracking_of(jobs)
+        tracking, keys = tracking_of(jobs), swept_keys(self._master)
+        tracking.run_name = sweep_name(list(keys), self.directory)  # the config's is the jobs'
         earlier = read_sweep(self.directory)
         tracker = build_tracker(
             tracking, self.directory, self._cwd, run_id=None if earlier is None else earlier.parent_run_id
@@ -127,7 +129,7 @@ class Sweep(AbstractContextManager["Sweep"]):
             "git.dirty": str(git.dirty).lower(),
         }
         self.directory.mkdir(parents=True, exist_ok=True)
-        tracker.start(swept_keys(self._master), tags)
+        tracker.start(keys, tags)
         if isinstance(tracker, Tracker):
             self._store = open_store(tracker.uri, tracking.experiment)
         write_sweep(self.directory, SweepRecord(command, git.commit, tracker.run_id))
@@ -187,7 +189,6 @@ def tracking_of(jobs: Sequence[Job]) -> DictConfig:
     cfg = run_config(jobs[0].cfg).tracking
     # A check of scores records nothing.
     cfg.enabled = bool(cfg.enabled and not any(job.cfg.verify for job in jobs))
-    cfg.run_name = "/".join(Path(jobs[0].cfg.hydra.sweep.dir).parts[-2:])  # the config's is the jobs'
     return cfg
 
 

@@ -10,6 +10,7 @@ import torch
 
 from analysis.errors import AnalysisError
 from analysis.runs import credit_note, load_run, score_note
+from analysis.stream import read_pieces
 
 MakeRun = Callable[..., Path]
 
@@ -173,3 +174,23 @@ def test_values_against_several_sets_are_of_their_sum() -> None:
     assert score_note(config).endswith("the loss is the sum of all validation sets'")
     assert "sum" not in credit_note(config)
     assert "sum" not in score_note(config | {"engine": {"val_sets": "one"}})
+
+
+def test_shards_of_several_ranks_are_one_run(make_run: MakeRun) -> None:
+    path = make_run()
+    whole = [piece.rows for piece in read_pieces(load_run(path))]
+    for shard in sorted((path / "scores").glob("shard-*.pt")):
+        rows = torch.load(shard, weights_only=True)
+        for rank in range(2):  # as two ranks write them: each its half of every step
+            half = {name: column[rank::2] for name, column in rows.items()}
+            torch.save(half, shard.with_name(f"{shard.stem}-rank{rank:05d}.pt"))
+        shard.unlink()
+    pieces = [piece.rows for piece in read_pieces(load_run(path))]
+    for mine, theirs in zip(pieces, whole, strict=True):
+        assert (mine.step == theirs.step).all()
+        order, expected = (np.lexsort((rows.sample, rows.step)) for rows in (mine, theirs))
+        assert (mine.sample[order] == theirs.sample[expected]).all()
+        assert (mine.value[order] == theirs.value[expected]).all()
+    (path / "scores" / "shard-00000-rank00001.pt").unlink()
+    with pytest.raises(AnalysisError, match="lacks shard 0 of rank 1"):
+        load_run(path).shards()

@@ -30,9 +30,9 @@ LARGEST = 150_000  # bytes
 PATIENCE = 60_000.0  # milliseconds; pages wait for a server on a busy machine
 
 TRAIN = [sys.executable, str(ROOT / "run.py"), "experiment=guide", "trainer.max_steps=120"]
-RETRAIN = [
-    *(sys.executable, "-m", "runners.retrain", "experiment=guide", "trainer.max_steps=40"),
-    *("trainer.warmup_steps=4", "retrain.score_seeds=[0]", "retrain.seeds=[1]"),
+SWEEP = [
+    *(sys.executable, str(ROOT / "run.py"), "-m", "experiment=guide", "trainer.max_steps=40"),
+    *("trainer.warmup_steps=4", "seed=1,2,3"),
 ]
 
 
@@ -42,12 +42,12 @@ class Served:
 
     Attributes:
         train_url: The page of a single run, as the run printed it.
-        retrain_url: The page of the parent of several.
+        sweep_url: The page of a sweep's parent.
     """
 
     server: Server
     train_url: str
-    retrain_url: str
+    sweep_url: str
 
     @property
     def experiment_url(self) -> str:
@@ -68,13 +68,13 @@ def run(command: list[str], cwd: Path) -> tuple[str, str]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     cwd = tmp_path_factory.mktemp("runs")
     command, train_url = run(TRAIN, cwd)
-    same, retrain_url = run(RETRAIN, cwd)
+    same, sweep_url = run(SWEEP, cwd)
     assert same == command
     port = free_port()
     server = Server(command.replace("--port 5000", f"--port {port}"), port, cwd / "ui.log")
     server.start()
     try:
-        yield Served(server, *(url.replace(":5000/", f":{port}/") for url in (train_url, retrain_url)))
+        yield Served(server, *(url.replace(":5000/", f":{port}/") for url in (train_url, sweep_url)))
     finally:
         server.kill()
 
@@ -130,16 +130,16 @@ def test_the_command_serves_this_machine_alone_with_few_processes(served: Served
 def test_the_table_of_runs(browser: "Browser", served: Served, pictures: Path) -> None:
     visit = Visit(browser, served.experiment_url)
     page = visit.page
-    single, parent = visit.row("gpt2-bytes interpreter").last, visit.row("retrain gpt2-bytes").first
+    single, parent = visit.row("gpt2-bytes interpreter").last, visit.row("sweep of seed").first
     single.wait_for()
     for column in ("Run Name", "Created", "Dataset", "Duration", "Source"):
         assert header(page, column).is_visible()
-    for cell in ("interpreter (", "run.py", "retrain.py"):
+    for cell in ("interpreter (", "run.py"):
         assert page.locator(".ag-cell").filter(has_text=cell).first.is_visible()
     change_columns(page, ("Models", "val/loss", "scoring/overhead"))
-    assert not visit.row("full/seed-1").is_visible()
+    assert not visit.row("/0 gpt2-bytes").is_visible()
     parent.locator("button").first.click()
-    for child in ("score/seed-0", "full/seed-1", "dropped/seed-1", "random-0/seed-1"):
+    for child in ("/0 gpt2-bytes", "/1 gpt2-bytes", "/2 gpt2-bytes"):
         visit.row(child).wait_for()
     picture(page, pictures / "mlflow-runs.png")
     assert not [url for url in visit.asked if not url.startswith((served.server.uri, "data:", "blob:"))]

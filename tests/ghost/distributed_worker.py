@@ -263,6 +263,26 @@ def check_projections() -> None:
     assert_near(rows[1], rows[0])
 
 
+def check_projections_beside_training() -> None:
+    """Rows and gradients of a training step that is projected on the way are those of one process."""
+    case, rank = Case({"engine": "gradprojlora"}, ddp), distributed.get_rank()
+    parts = batches(case, distributed.get_world_size())
+    X, Y = (torch.cat([part[i] for part in parts]) for i in range(2))
+    alone, inner = case.model(), case.model()
+    config = {"proj_rank_total": 16, "loss_reduction": CAUSAL, **case.mode}
+    model = ddp(inner)
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    manager = GhostEngineManager(config, model, optimizer)
+    run_step(case, model, manager, 0)
+    engine = GradProjLoRAEngine(alone, GhostConfig.read(config))
+    with engine.attached():
+        expected = engine.project(X, Y, causal_loss)
+    assert isinstance(manager.engine, GradProjLoRAEngine)
+    assert_near(manager.engine.rows, expected[parts[rank][2]])
+    plain = reference.gradient(alone, causal_loss(alone, X, Y))
+    assert_gradients({name: p.grad for name, p in inner.named_parameters()}, plain)
+
+
 def check_coverage_and_state() -> None:
     """Coverage of shards, and a state between steps of a validation gradient that is kept."""
     case = Case({"val_mode": "separate", "val_every": 2}, fsdp)
@@ -355,6 +375,7 @@ SUITES: dict[str, Callable[[], None]] = {
     "shards": check_shards,
     "mixed precision": check_mixed_precision,
     "projections": check_projections,
+    "projections beside training": check_projections_beside_training,
     "coverage and state": check_coverage_and_state,
     "refusals": check_refusals,
     "protocol": check_protocol,

@@ -325,3 +325,10 @@ def test_memory_of_weights_and_optimizer(overrides: list[str], copies: int) -> N
     estimate = estimate_memory(cfg, build_on_meta(cfg.model, facts), facts)
     assert estimate.weights == estimate.gradients == estimate.scoring == 4 * parameters
     assert estimate.optimizer == copies * 4 * parameters
+
+
+def test_output_that_nobody_reads_ends_quietly() -> None:
+    command = f"{sys.executable} {ROOT / 'run.py'} --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Train a model")
+    assert done.stderr == ""

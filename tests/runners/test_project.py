@@ -102,7 +102,7 @@ def test_a_run_leaves_a_whole_store_and_a_report(run: Run, capsys: pytest.Captur
     assert "${" not in (folder / "config.yaml").read_text()
     names = {path.name for path in folder.parent.iterdir()} - {"git.diff"}
     files = {"config.yaml", "coverage.json", "run.log", "samples.parquet", "metrics.jsonl"}
-    files |= {".run.lock", "finished.json"}
+    files |= {".run.lock", "finished.json", "tracking.json"}
     assert names == {".hydra", "projections", "environment.json", "report.html"} | files
     assert json.loads((folder.parent / "coverage.json").read_text())["left_out"] == []
     out = capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_right_scores_end_well(
     for row in record["layers"]:
         assert row["name"] in out
     assert "Passed on" in (folder / "run.log").read_text()
-    assert {path.name for path in folder.iterdir()} == {".hydra", "run.log", "verify.json"}
+    assert {path.name for path in folder.iterdir()} == {".hydra", ".run.lock", "run.log", "verify.json"}
 
 
 def test_tables_are_checked_too(line: Line, folder: Path) -> None:

@@ -91,7 +91,9 @@ def assert_same_runs(whole: Path, other: Path) -> None:
             assert pq.read_table(other / table).equals(pq.read_table(whole / table))
     mine, its = last_checkpoint(whole), last_checkpoint(other)
     assert mine.name == its.name
-    for name in ("training.pt", "rank-00000.pt"):
+    names = sorted(path.name for path in mine.glob("*.pt"))
+    assert names == sorted(path.name for path in its.glob("*.pt"))
+    for name in names:
         a, b = (torch.load(folder / name, weights_only=True) for folder in (mine, its))
         for state in (a, b):
             state.get("loop", {}).pop("overhead", None)

@@ -2,8 +2,6 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from tests.runners.resume.harness import DIGITS, ROOT, Started, assert_same_runs
+from tests.runners.resume.harness import DIGITS, Started, assert_same_runs
 
 Start = Callable[..., Started]
 
@@ -59,42 +57,33 @@ def test_a_kill_right_before_any_change_on_disk_loses_nothing(start: Start, tmp_
     for change in range(1, whole.changes + 1):
         run = f"killed{change}"
         assert start(*arguments, f"hydra.run.dir={run}", kill_at=change).wait() == -signal.SIGKILL
-        again = start(*arguments, f"hydra.run.dir={run}")
-        assert again.wait() == 0, again.said
+        if not (tmp_path / run / "finished.json").exists():
+            again = start(*arguments, f"hydra.run.dir={run}")
+            assert again.wait() == 0, again.said
         assert_same_runs(tmp_path / "whole", tmp_path / run)
 
 
 @pytest.mark.slow
-def test_signals_at_any_time_and_the_same_command_again(tmp_path: Path, tracked: Path) -> None:
-    """As a scheduler does it: the whole command, the same directory, until it is done."""
+def test_signals_at_any_time_and_the_same_command_again(start: Start, tmp_path: Path, tracked: Path) -> None:
+    """As a scheduler does it: the same command in the same directory, until it is done."""
     draw = random.Random(0)
     arguments = [
         "debug=smoke", "hardware.threads=1", "trainer.max_steps=30", "trainer.checkpoint_every=3",
         "trainer.flush_every=4", "model.config.attn_pdrop=0.2", "optimizer=sgd", "optimizer.momentum=0.9",
     ]  # fmt: skip
-
-    def command(run: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *arguments, f"hydra.run.dir={run}"],
-            cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
     run, ends = tmp_path / "killed", []
     while not ends or ends[-1] != 0:
-        process = command("killed")
-        goal = lines(run) + draw.randint(8, 18)
-        while process.poll() is None and lines(run) < goal:
-            time.sleep(0.01)
-        if process.poll() is None:
+        goal = lines(run) + draw.randint(4, 12)
+        command = start(*arguments, "hydra.run.dir=killed")
+        if goal < 30:
+            command.until(lambda goal=goal: lines(run) >= goal)
             time.sleep(draw.random() * 0.05)
-            process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2]))
-        _, said = process.communicate()
-        ends.append(process.returncode)
-        assert ends[-1] in (0, -9, 143, 140), said
+            command.send(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2]))
+        ends.append(command.wait())
+        assert ends[-1] in (0, -9, 143, 140), command.said
     assert len(ends) > 2
-    whole = command("whole")
-    _, said = whole.communicate()
-    assert whole.returncode == 0, said
+    whole = start(*arguments, "hydra.run.dir=whole")
+    assert whole.wait() == 0
     assert_same_runs(tmp_path / "whole", run)
     client = MlflowClient(f"sqlite:///{tracked}")
     experiment = client.get_experiment_by_name("ghostrunner")

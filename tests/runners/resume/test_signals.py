@@ -18,9 +18,10 @@ from tests.runners.resume.harness import DIGITS, Started, last_checkpoint, metri
 Start = Callable[..., Started]
 
 LONG = [
-    *DIGITS, "trainer.max_steps=40", "trainer.eval_every=7", "trainer.checkpoint_every=1000",
+    *DIGITS, "trainer.max_steps=400", "trainer.eval_every=7", "trainer.checkpoint_every=1000",
     "engine.val_mode=separate", "data.num_workers=1",
 ]  # fmt: skip
+"""So long that a busy machine, too, sends its signal in time."""
 
 
 def runs_its_steps(run: Path) -> bool:

@@ -28,7 +28,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, ends: dict[int, Callable[[], None]]
     """Stands in for training: records the configs, leaves `config.yaml`, and gives the seed as the loss."""
     configs: Trained = []
 
-    def run(cfg: DictConfig) -> float:
+    def run(cfg: DictConfig, *_: object) -> float:
         fingerprint(cfg)
         OmegaConf.resolve(cfg)  # output_dir is known only while the job runs
         configs.append(cfg)

@@ -7,7 +7,8 @@ the data (one sentence on stderr), 130 interrupted, 141 nobody reads what it pri
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -82,6 +83,16 @@ def run_command(config_name: str, task: Callable[[DictConfig], object], groups: 
 def compose_and_run(config_name: str, task: Callable[[DictConfig], object]) -> None:
     """Hydra's main function for a config by name."""
     hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
+
+
+@contextmanager
+def mistakes_end_it() -> Iterator[None]:
+    """Says a callback's `UserError` and ends the program: Hydra turns any Exception of one into a warning."""
+    try:
+        yield
+    except UserError as error:
+        say(str(error))
+        raise SystemExit(MISTAKE) from error
 
 
 def say(line: str) -> None:

@@ -6,7 +6,6 @@ the step's loss is its share of *all* processes' loss, so its own loss is multip
 FSDP2 a parameter is a shard of itself outside of its module's forward and backward, and whole inside.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,12 +195,3 @@ def gradients(loss: Tensor, model: nn.Module, parameters: Sequence[nn.Parameter]
             "step's first micro-batch is attached, and set it back before the next step."
         )
     return found
-
-
-def rows_digest(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 (hex) over shapes and bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

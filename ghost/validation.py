@@ -27,9 +27,10 @@ from ghost.batch import (
 )
 from ghost.config import GhostConfig
 from ghost.discovery import find_ties, shared_parameters
-from ghost.distributed import device_of, gradients, local, rows_digest, sharded_as
+from ghost.distributed import device_of, gradients, local, sharded_as
 from ghost.engines.base import LossFn
 from ghost.errors import GhostConfigError, shown
+from ghost.fingerprint import tensors_fingerprint
 from ghost.instrument import Instrument
 from ghost.items import Items
 from ghost.layers import Layer
@@ -98,8 +99,9 @@ class ValidationRows:
 
     def digest(self) -> str:
         """What ranks compare, to see that they have the same rows."""
-        found = [leaf.values if isinstance(leaf, Items) else leaf for _, leaf in leaves((self.X, self.Y))]
-        return rows_digest([leaf for leaf in found if isinstance(leaf, Tensor)])
+        found = leaves((self.X, self.Y))
+        values = ((path, leaf.values if isinstance(leaf, Items) else leaf) for path, leaf in found)
+        return tensors_fingerprint((path, leaf) for path, leaf in values if isinstance(leaf, Tensor))
 
     def spans(self) -> list[tuple[str, int, int]]:
         """Name, first row and end of each set."""

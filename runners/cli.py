@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from conf.command import CONF_DIR, FAILED, MISTAKE, Reported, compose_and_run, exit_code, job_end, say
+from conf.command import (
+    CONF_DIR,
+    FAILED,
+    MISTAKE,
+    Reported,
+    compose_and_run,
+    exit_code,
+    job_end,
+    mistakes_end_it,
+    say,
+)
 from conf.errors import ConfigError, UserError
 from runners.config import GROUPS
 from runners.experiment_file import register_experiment_files
@@ -35,16 +45,12 @@ class CheckBeforeRun(Callback):
         tree = config.copy()
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
-        try:
+        with mistakes_end_it():
             if launched().world_size > 1:
                 self._in_one_directory(config, tree)
             else:
                 self.check(tree)
                 self.enter(tree, Path(config.hydra.run.dir))
-        except UserError as error:
-            say(str(error))
-            # Hydra turns any Exception of a callback into a warning; SystemExit ends the program.
-            raise SystemExit(MISTAKE) from error
 
     def check(self, config: DictConfig) -> None:
         """Raises `ConfigError` for a config that cannot run as it stands."""

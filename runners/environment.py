@@ -25,6 +25,9 @@ _NETWORK_FILESYSTEMS = frozenset((
 ))  # fmt: skip
 
 
+PROJECT = Path(__file__).resolve().parent.parent
+
+
 @dataclass(frozen=True)
 class GitState:
     """The code's state: `commit` and `diff` are None outside a repository (an installed package, say).

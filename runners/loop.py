@@ -153,21 +153,18 @@ class TrainingLoop:
                 last=number == len(parts),
             )  # fmt: skip
             losses.append(loss)
-        wrong = self._non_finite(torch.stack(losses))
+        scores = self.manager.scores if self.cfg.engine.name != "regular" else torch.zeros(0)
+        wrong = self._non_finite(torch.stack(losses), scores)
         if wrong and self.cfg.trainer.non_finite == "stop":
-            self._stop_before(step, wrong, parts, losses, random)
+            self._stop_before(step, wrong, suspects(parts, losses, scores), random)
         lr = self._skip_optimizer_step(step, wrong) if wrong else self._take_optimizer_step(step)
         if self.manager.should_save_metrics(step):
             self.manager.save_metrics(step)
         loss_sum = torch.stack(losses).to(self._precise).sum()
-        loss, *scores = self.world.sum(torch.stack([loss_sum, *self._score_sums()])).tolist()
-        return StepResult(loss / counted, counted, lr, (scores[0], scores[1], scores[2]))
-
-    def _score_sums(self) -> list[torch.Tensor]:
-        """Of this process's scores: their sum, how many are negative, and how many there are."""
-        scores = self.manager.scores if self.cfg.engine.name != "regular" else torch.zeros(0)
         sums = [scores.sum(), (scores < 0).sum(), torch.tensor(scores.numel())]
-        return [value.to(self._precise) for value in sums]
+        of_all = self.world.sum(torch.stack([loss_sum, *(value.to(self._precise) for value in sums)]))
+        loss, total, negative, number = of_all.tolist()
+        return StepResult(loss / counted, counted, lr, (total, negative, number))
 
     def _micro_batch(self, batch: Batch, step: int, share: float, probed: bool, last: bool) -> torch.Tensor:
         """Forward and scored backward; returns the training rows' summed loss, 0-dim."""
@@ -215,18 +212,17 @@ class TrainingLoop:
         self._optimizer_seconds = time.perf_counter() - began
         return lr
 
-    def _non_finite(self, losses: Tensor) -> list[str]:
+    def _non_finite(self, losses: Tensor, scores: Tensor) -> list[str]:
         """What of the step is no finite number, in any process; nothing where that is not to be acted on."""
         if self.cfg.trainer.non_finite == "mark":
             return []
         grads = [p.grad for p in self.manager.model.parameters() if p.grad is not None]
-        return non_finite(losses, grads, self.manager.scores, self.scaler.is_enabled(), self.world)
+        return non_finite(losses, grads, scores, self.scaler.is_enabled(), self.world)
 
     def _stop_before(
-        self, step: int, wrong: list[str], parts: list[Batch], losses: list[Tensor], random: dict[str, Any]
+        self, step: int, wrong: list[str], samples: list[int], random: dict[str, Any]
     ) -> NoReturn:
-        """End the run with the state before this step on disk."""
-        samples = suspects(parts, losses, self.manager.scores)
+        """End the run with the state before this step on disk, naming the samples by running index."""
         self.optimizer.zero_grad(set_to_none=True)
         self.manager.drop_step()
         self.keeping.write(step, self.manager.state_dict(), self._state(), random)

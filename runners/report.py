@@ -37,6 +37,12 @@ def record_environment(
         partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
+def read_environment(directory: Path) -> dict[str, str]:
+    """What the run in the directory noted of itself when it started; empty where none has."""
+    path = directory / ENVIRONMENT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def leave_report(out: Path, previews: Mapping[str, str] | None) -> None:
     """Write `report.html` into the run directory; that it cannot be written is logged and ends no run.
 

@@ -30,7 +30,7 @@ from runners.checkpoint import save_model
 from runners.data import build_data
 from runners.data.base import DataBundle
 from runners.data.loader import train_batches, val_batch, val_batches_by_domain, write_samples
-from runners.environment import device_description, git_state, versions
+from runners.environment import PROJECT, device_description, git_state, versions
 from runners.identity import fingerprint
 from runners.layers import layer_selection
 from runners.loop import VAL_LOSS, TrainingLoop, held_out_losses
@@ -55,8 +55,6 @@ from runners.world import ALONE, World
 from runners.wrapping import checkpoint_activations, wrapped
 
 log = logging.getLogger(__name__)
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def run(cfg: DictConfig, world: World) -> float:

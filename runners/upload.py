@@ -24,6 +24,7 @@ from runners.mlflow_metrics import MetricsFeed, known_steps
 from runners.mlflow_page import run_url, ui_command
 from runners.mlflow_run import MlflowRun
 from runners.mlflow_store import Store, open_store
+from runners.report import read_environment
 from runners.tracking_record import RECORD_FILE, RUNNING, Record
 
 log = logging.getLogger(__name__)
@@ -168,11 +169,9 @@ def _created(record: Record, directory: Path, store: Store) -> MlflowRun:
     run = MlflowRun.create(store, record.run_name, record.parent_run_id, record.started)
     record.uri, record.run_id = without_password(store.uri), run.run_id
     record.write(directory)
-    environment = directory / ENVIRONMENT_FILE
-    if environment.exists():
-        named = json.loads(environment.read_text(encoding="utf-8")) | {"mlflow.run_id": run.run_id}
-        text = json.dumps(named, indent=2) + "\n"
-        write_atomically(environment, lambda file: file.write(text.encode()))
+    if noted := read_environment(directory):
+        text = json.dumps(noted | {"mlflow.run_id": run.run_id}, indent=2) + "\n"
+        write_atomically(directory / ENVIRONMENT_FILE, lambda file: file.write(text.encode()))
     return run
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.runs import ENVIRONMENT_FILE
 from conf.errors import ConfigError
 from ghost.atomic import written_beside
 from runners import identity
+from runners.report import read_environment
 from runners.resume import files
 from runners.resume.names import CONFIG_FILE, FINISHED_FILE
 
@@ -84,7 +84,7 @@ def take_up(out: Path, data_fingerprint: str) -> dict[str, str]:
     _remove_half_written(out)
     if not (out / CONFIG_FILE).exists():
         return {}
-    environment = _environment(out)
+    environment = read_environment(out)
     was = environment.get("data.fingerprint", data_fingerprint)
     if was != data_fingerprint:
         raise ConfigError(
@@ -97,12 +97,7 @@ def take_up(out: Path, data_fingerprint: str) -> dict[str, str]:
 
 def tracked_run_id(out: Path) -> str | None:
     """The MLflow run of the unfinished run in the directory, to go on in."""
-    return _environment(out).get("mlflow.run_id")
-
-
-def _environment(out: Path) -> dict[str, str]:
-    path = out / ENVIRONMENT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_environment(out).get("mlflow.run_id")
 
 
 def _remove_half_written(out: Path) -> None:

@@ -1,12 +1,9 @@
 """Before a sweep or a run begins: which launcher a sweep takes. Torch is not imported."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from conf.command import MISTAKE, say
+from conf.command import mistakes_end_it
 from conf.errors import ConfigError
 from conf.refuse import refuse
 from runners.sweep.launchers import LAUNCHERS, registered
@@ -18,25 +15,15 @@ class BeginSweep(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
-        with _mistakes_end_it():
+        with mistakes_end_it():
             if not config.sweep.skip_finished:
                 refuse(config, "sweep.skip_finished", "has no effect without -m: leave it out")
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         choice = config.hydra.runtime.choices["hydra/launcher"]
-        with _mistakes_end_it():
+        with mistakes_end_it():
             if choice not in LAUNCHERS:
                 raise ConfigError(
                     f"hydra/launcher={choice} keeps no record of a sweep: type one of {', '.join(LAUNCHERS)}"
                 )
         config.hydra.launcher._target_ = registered(choice)
-
-
-@contextmanager
-def _mistakes_end_it() -> Iterator[None]:
-    """Hydra turns any Exception of a callback into a warning; SystemExit ends the program."""
-    try:
-        yield
-    except ConfigError as error:
-        say(str(error))
-        raise SystemExit(MISTAKE) from error

@@ -2,14 +2,13 @@
 the tracking store's experiment that computes the same.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.compare.outcomes import VAL_LOSS
-from analysis.runs import ENVIRONMENT_FILE
 from runners.mlflow_store import Store
+from runners.report import read_environment
 from runners.sweep.jobs import Job
 from runners.sweep.record import Status, read_job
 
@@ -39,18 +38,12 @@ def earlier_run(job: Job, store: Store | None) -> EarlierRun | None:
     return _in_store(job, store)
 
 
-def environment(directory: Path) -> dict[str, str]:
-    """What the run in the directory noted of itself when it started; empty where none has."""
-    path = directory / ENVIRONMENT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def _in_directory(job: Job) -> EarlierRun | None:
     record = read_job(job.directory)
     ran = (job.directory / "config.yaml").exists()  # verify=true leaves a record too, and no run
     if record is None or not ran or record.status != Status.finished or record.fingerprint != job.fingerprint:
         return None
-    noted = environment(job.directory)
+    noted = read_environment(job.directory)
     return EarlierRun(noted.get("mlflow.run_id"), record.loss, job.directory, noted.get("git.commit"))
 
 

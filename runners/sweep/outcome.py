@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from runners.progress import duration
+from runners.report import read_environment
 from runners.summary import print_line
-from runners.sweep.earlier import EarlierRun, environment
+from runners.sweep.earlier import EarlierRun
 from runners.sweep.jobs import Job
 from runners.sweep.record import JobRecord, Status, read_job
 from runners.values import VALUES_FILE
@@ -73,7 +74,7 @@ def outcome_of(job: Job, stopped: str | None) -> Outcome:
         lowest=lowest,
         highest=highest,
         seconds=record.seconds,
-        run_id=environment(job.directory).get("mlflow.run_id"),
+        run_id=read_environment(job.directory).get("mlflow.run_id"),
         directory=job.directory,
         error=error,
         exit_code=record.exit_code,

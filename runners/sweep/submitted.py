@@ -21,9 +21,10 @@ from omegaconf import OmegaConf
 
 from conf.errors import ConfigError, first_line
 from conf.help_text import typed
+from runners.environment import PROJECT
 from runners.sweep.jobs import Job
 from runners.sweep.record import Status, read_job
-from runners.sweep.work import PROJECT, run_frozen
+from runners.sweep.work import run_frozen
 
 if TYPE_CHECKING:
     from submitit import AutoExecutor

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from conf.command import FAILED, JobFailed
 from conf.errors import ConfigError, UserError
-from runners.environment import git_state
+from runners.environment import PROJECT, git_state
 from runners.mlflow_page import sweep_name
 from runners.mlflow_store import Store, open_store
 from runners.summary import print_ways_on
@@ -32,7 +32,6 @@ from runners.sweep.outcome import (
     write_outcomes,
 )
 from runners.sweep.record import JobRecord, Status, SweepRecord, read_sweep, write_job, write_sweep
-from runners.sweep.work import PROJECT
 from runners.tracking import NullTracker, Tracker, build_tracker
 
 log = logging.getLogger(__name__)

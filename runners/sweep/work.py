@@ -13,13 +13,11 @@ from omegaconf import DictConfig
 from conf.command import FAILED, JobFailed
 from conf.errors import first_line
 from runners.cli import task
-from runners.environment import git_state
+from runners.environment import PROJECT, git_state
 from runners.sweep.jobs import frozen_config
 from runners.sweep.record import JobRecord, Status, read_job, read_sweep, write_job
 
 log = logging.getLogger(__name__)
-
-PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
 def run_frozen(directory: Path, context: HydraContext, *, recorded: bool = True) -> JobRecord:

@@ -1,10 +1,8 @@
 """The command, from the command line to the folder."""
 
-import logging
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +21,13 @@ Command = Callable[..., int]
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+def command(in_process: Command) -> Command:
     """Runs a program's `main` with arguments, in an empty folder, and returns the exit code."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by `main`; put back at the end
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
 
     def run_line(*arguments: str, main: Callable[[], int] = aggregate.main) -> int:
-        monkeypatch.setattr(sys, "argv", ["program", *arguments])
-        try:
-            return main()
-        except SystemExit as end:
-            return int(str(end.code))
+        return in_process(main, *arguments)
 
-    yield run_line
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers[:], root.level = handlers, level
+    return run_line
 
 
 def test_a_sweep_becomes_tables_and_a_summary(

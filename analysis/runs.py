@@ -59,11 +59,20 @@ def has_sets(config: Mapping[str, Any]) -> bool:
     return config.get("engine", {}).get("val_sets") not in (None, "one")
 
 
+def optimizer_name(key: str) -> str:
+    """An optimizer's name in words."""
+    return {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}.get(key, key)
+
+
 def credit_note(config: Mapping[str, Any]) -> str:
     """How a run with this config credits a step, whatever the loss."""
     optimizer = config["optimizer"]
+    name = optimizer_name(optimizer["name"])
+    engine = config.get("engine", {})
+    if engine.get("preconditioner", "none") != "none":
+        whole = {"step": "in that step alone", "trajectory": "over all steps to come"}[engine["credit"]]
+        return f"gradient dot product weighted by what {name} makes of the batch, credited {whole}"
     if optimizer["name"] != "sgd":
-        name = {"adamw": "AdamW"}.get(optimizer["name"], optimizer["name"])
         return f"plain gradient dot product; the optimizer is {name}, so values are a first-order SGD proxy"
     if optimizer.get("momentum"):
         return "plain gradient dot product; momentum is not credited, so values are a first-order SGD proxy"

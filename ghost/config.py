@@ -11,6 +11,7 @@ import torch
 from ghost.errors import GhostConfigError, shown
 from ghost.gradients import Algebra
 from ghost.loss import LossReduction
+from ghost.preconditioner import Credit, Preconditioner
 from ghost.projection import ProjectionKind
 from ghost.selection import Selection
 
@@ -34,9 +35,6 @@ class Resolution(Enum):
 
 
 _ALIASES = {"dot_prod_save_interval": "save_interval", "method": "engine"}
-_NOT_YET = {"preconditioner": "none"}
-"""Settings of the public protocol that this version knows only at their default, and refuses otherwise."""
-
 _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -72,6 +70,9 @@ class GhostConfig:
         bitwise: Leave every layer's own backward alone, so that training is bit-identical to `regular`
             (`separate`).
         loss_reduction: What the model's loss is a mean of; None to infer it from a Hugging Face class.
+        preconditioner: Which optimizer's step the scores are about: `NONE` takes the gradient itself, `AUTO`
+            what the optimizer makes of it.
+        credit: What of a gradient's effect through momentum is credited, with a preconditioner.
         pairwise: Score every pair of a training and a validation sample; scores are then `[B, V]`.
         resolution: What the score shards tell apart: nothing, layers, families, or attention heads.
         strict: Refuse a selection that leaves a trainable parameter unscored.
@@ -104,6 +105,8 @@ class GhostConfig:
     val_every: int = 1
     bitwise: bool = False
     loss_reduction: LossReduction | None = None
+    preconditioner: Preconditioner = Preconditioner.NONE
+    credit: Credit = Credit.TRAJECTORY
     pairwise: bool = False
     resolution: Resolution = Resolution.TOTAL
     strict: bool = False
@@ -140,6 +143,12 @@ class GhostConfig:
             raise GhostConfigError(
                 f"algebra={self.algebra.value!r} has no effect with bitwise=True: leave it at 'auto'."
             )
+        if self.preconditioner is not Preconditioner.NONE:
+            self._check_preconditioner(self.preconditioner.value)
+        elif self.credit is not Credit.TRAJECTORY:
+            raise GhostConfigError(
+                f"credit={self.credit.value!r} has no effect with preconditioner='none': leave it out."
+            )
         if self.val_mode is ValMode.SEPARATE and self.algebra is Algebra.TOKEN_TOKEN:
             raise GhostConfigError("algebra='token_token' needs the validation rows of val_mode='concat'.")
         if self.val_every != 1 and self.val_mode is not ValMode.SEPARATE:
@@ -154,6 +163,12 @@ class GhostConfig:
             raise GhostConfigError(
                 f"proj_rank_min={self.proj_rank_min} needs proj_rank_total to be its square, "
                 f"{self.proj_rank_min**2}, or more, but that is {self.proj_rank_total}."
+            )
+
+    def _check_preconditioner(self, name: str) -> None:
+        if self.bitwise:
+            raise GhostConfigError(
+                f"preconditioner={name!r} takes the layers' backward into its own hands: set bitwise=False."
             )
 
     def _check_types(self) -> None:
@@ -195,12 +210,6 @@ class GhostConfig:
                 f"config={shown(config)} should be a mapping of settings, or an object that has them."
             )
         given = dict(config) if isinstance(config, Mapping) else _attributes(config)
-        for key, default in _NOT_YET.items():
-            value = given.get(key)
-            if value is not None and not (type(value) is type(default) and value == default):
-                raise GhostConfigError(
-                    f"{key}={value!r} is not supported by this version: leave it at {default!r}."
-                )
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in given.items():
@@ -225,7 +234,7 @@ def convert(name: str, value: Any) -> Any:
     """A setting's value in its own type; `GhostConfigError` where it has none."""
     enums: dict[str, type[Enum]] = {
         "val_mode": ValMode, "loss_reduction": LossReduction, "algebra": Algebra, "resolution": Resolution,
-        "proj_kind": ProjectionKind,
+        "proj_kind": ProjectionKind, "preconditioner": Preconditioner, "credit": Credit,
     }  # fmt: skip
     if name in enums:
         raw = value.value if isinstance(value, Enum) else value

@@ -88,6 +88,17 @@ class SampleGradients(ABC):
             columns: `[l, n]`; None for the identity.
         """
 
+    @property
+    @abstractmethod
+    def example(self) -> Tensor:
+        """A tensor of the gradients' dtype and device."""
+
+    @abstractmethod
+    def tile(self, rows: slice) -> Tensor:
+        """The samples' gradients at some rows of the parameter, `[b, r, n]`; n are all its other axes as
+        one.
+        """
+
     def split(self, rows: int) -> tuple[Self, Self]:
         """The first `rows` samples (training) and the others (validation)."""
         return self.samples(0, rows), self.samples(rows, self.rows)
@@ -139,6 +150,14 @@ class Materialised(SampleGradients):
     def sum(self) -> Tensor:
         return self.values.sum(0)
 
+    @property
+    def example(self) -> Tensor:
+        return self.values
+
+    def tile(self, rows: slice) -> Tensor:
+        values = self.values if self.values.dim() > 1 else self.values[:, None]
+        return values[:, rows].flatten(2) if values.dim() > 2 else values[:, rows, None]
+
     def dot(self, target: Tensor) -> Tensor:
         dtype = algebra.accumulation_dtype(self.values.dtype)
         return self.values.reshape(self.rows, target.numel()).to(dtype) @ target.flatten().to(dtype)
@@ -178,6 +197,13 @@ class OuterProducts(SampleGradients):
 
     def sum(self) -> Tensor:
         return (self.left.flatten(0, 1).T @ self.right.flatten(0, 1)).view(self.shape)
+
+    @property
+    def example(self) -> Tensor:
+        return self.left
+
+    def tile(self, rows: slice) -> Tensor:
+        return torch.bmm(self.left[:, :, rows].transpose(1, 2), self.right)
 
     def dot(self, target: Tensor) -> Tensor:
         target = target.flatten(1).to(self.left.dtype)
@@ -252,6 +278,22 @@ class RowGathers(SampleGradients):
         return torch.ops.aten.embedding_dense_backward(
             self.grad, self.ids, self.num_rows, -1, False
         )  # [V, d]
+
+    @property
+    def example(self) -> Tensor:
+        return self.grad
+
+    def tile(self, rows: slice) -> Tensor:
+        sample, position = ((self.ids >= rows.start) & (self.ids < rows.stop)).nonzero(as_tuple=True)
+        size = rows.stop - rows.start
+        place = sample * size + self.ids[sample, position] - rows.start
+        found = self.grad.new_zeros(self.rows * size, self.grad.shape[2])
+        return found.index_add_(0, place, self.grad[sample, position]).view(self.rows, size, -1)
+
+    def looked_up(self) -> tuple[Tensor, Self]:
+        """The rows that were looked up, `[U]`, and the same gradients of a table of these alone."""
+        rows, ids = self.ids.unique(return_inverse=True)
+        return rows, type(self)(ids, self.grad, len(rows))
 
     def dot(self, target: Tensor) -> Tensor:
         return algebra.row_dots(target[self.ids], self.grad)

@@ -16,6 +16,7 @@ from ghost.graph import refuse_stray_uses, scale_gradients, whole
 from ghost.layers import Layer, LayerRule, WholeRule
 from ghost.layers.whole import substituted
 from ghost.roworder import RowOrder
+from ghost.slopes import SlopeTap
 from ghost.step import Probes, StepState, Unit
 from ghost.swap import ForwardSwap
 from ghost.taps import ConcatTap, Tap, TapFunction, TiedHeadFunction, TiedTableFunction
@@ -95,7 +96,7 @@ class Instrument:
 
     def _tapped_forward(self, tap: Tap, original: Forward) -> Forward:
         state, layer = self.state, tap.layer
-        run, meets = self._runner(tap, original), isinstance(tap, ConcatTap)
+        run, meets = self._runner(tap, original), isinstance(tap, ConcatTap | SlopeTap)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if state.watch is not None:
@@ -133,7 +134,7 @@ class Instrument:
             self._check_rank(tap.layer, x)
             return run(x)
 
-        return _between_graphs(forward) if isinstance(tap, ConcatTap) and tap.shared else forward
+        return _between_graphs(forward) if isinstance(tap, ConcatTap | SlopeTap) and tap.shared else forward
 
     def _scaled_forward(self, original: Forward) -> Forward:
         state = self.state
@@ -263,8 +264,8 @@ class Instrument:
         layer, state = tap.layer, self.state
         params = list(self._live(layer).values()) if tap.gives_gradients else []
         probes = [state.probes[layer.name, key] for key in tap.scored]
-        targets = [state.targets[layer.qualified(key)] for key in tap.scored] if state.targets else []
-        return [*params, *probes], targets
+        given = [tensor for key in tap.scored for tensor in state.given(layer.qualified(key))]
+        return [*params, *probes], given
 
     def _run(self, tap: Tap, original: Forward, x: Tensor) -> Tensor:
         layer = tap.layer

@@ -124,7 +124,7 @@ class GhostEngineManager:
         self.model = unwrap(model)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.engine: Engine = kind(
-            self.model, self.config, val_data, loss_fn, self._scaler, self._ranks
+            self.model, self.config, val_data, loss_fn, self._scaler, self._ranks, optimizer
         )  # fmt: skip
         if state is not None:
             self.engine.load_state_dict(state["engine"])
@@ -401,6 +401,9 @@ class GhostEngineManager:
         step = self._step
         if step is None or not step.samples:
             return
+        update = self._observer.take()
+        if update is not None:
+            self.engine.note_update(update)
         if self._log is not None and step.by_parameter():
             self._append_rows(self._log, step)
         step.samples = []

@@ -123,6 +123,9 @@ class StepState:
         probes: By layer and parameter name, zeros that receive inner products.
         targets: Validation gradients `[C, *shape]` by qualified parameter name, where they are known before
             the forward.
+        moments: What scores of the optimizer's own step need of its state, by qualified parameter name.
+        slope_uses: Uses of a parameter, by its `id`, that wait for the others before their scores are known.
+        late_scores: Scores `[K, b, C]` that were known only in another layer's backward.
         output_scale: Factor on the gradient at the model's outputs, or None.
         loss_unseen: Whether the loop calls `loss.backward()` itself, and only the outputs are seen.
         outputs_scaled: Whether the model's outputs have been seen and scaled.
@@ -140,6 +143,9 @@ class StepState:
     tokens: int | None = None
     probes: Probes = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    slope_uses: dict[int, list[Any]] = field(default_factory=dict)
+    late_scores: Probes = field(default_factory=dict)
     output_scale: Tensor | None = None
     loss_unseen: bool = False
     outputs_scaled: bool = False
@@ -155,9 +161,19 @@ class StepState:
         """The rows of the batch."""
         return self.units[0]
 
+    def given(self, name: str) -> list[Tensor]:
+        """What a tap's backward is given of a parameter, by its qualified name."""
+        return [*([self.targets[name]] if self.targets else []), *self.moments.get(name, ())]
+
+    def add_late(self, layer: str, key: str, scores: Tensor) -> None:
+        """Add scores `[K, b, C]` of a parameter that its own probe does not receive."""
+        late = self.late_scores
+        late[layer, key] = late[layer, key] + scores if (layer, key) in late else scores
+
     def close(self) -> None:
         """Forwards are plain again, and nothing of the step is kept."""
         self.active, self.output_scale, self.outputs_scaled, self.latest = False, None, False, 0
         self.loss_unseen = False
         self.probes, self.tied, self.ledger, self.traced = {}, {}, Ledger(), {}
         self.without_grad = set()
+        self.moments, self.slope_uses, self.late_scores = {}, {}, {}

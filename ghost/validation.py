@@ -36,6 +36,8 @@ from ghost.items import Items
 from ghost.layers import Layer
 from ghost.loss import LossReduction, count, infer_reduction
 from ghost.nesting import leaves
+from ghost.preconditioner import AdamRule, UpdateRule
+from ghost.slopes import ConcatSlopeTap, TargetSlopeTap, slope_taps
 from ghost.step import Parts, StepState
 from ghost.taps import ConcatTap, Tap, TargetTap, WatchTap
 
@@ -184,7 +186,7 @@ class JointValidation(Validation):
 
     def __init__(
         self, model: nn.Module, state: StepState, layers: list[Layer], scored: ScoredParts,
-        config: GhostConfig, val_data: ValData | None,
+        config: GhostConfig, val_data: ValData | None, rule: UpdateRule | None = None,
     ) -> None:  # fmt: skip
         parameter = next(iter(layers[0].params.values()))
         self._dtype = accumulation_dtype(parameter.dtype)
@@ -200,7 +202,11 @@ class JointValidation(Validation):
         self._take(self._next_rows())
         self._train_count = self._val_counts.sum()
         self._cursors = [0 for _ in self._batches]
-        self.instrument = self._instrument(model, state, layers, scored, config)
+        if isinstance(rule, AdamRule):
+            slopes = slope_taps(ConcatSlopeTap, layers, scored, config.algebra, state)
+            self.instrument = Instrument(model, state, list(slopes), [], detach_params=True)
+        else:
+            self.instrument = self._instrument(model, state, layers, scored, config)
 
     def _instrument(
         self,
@@ -319,9 +325,11 @@ class SeparateValidation(Validation):
     def __init__(
         self, model: nn.Module, state: StepState, layers: list[Layer], scored: ScoredParts,
         config: GhostConfig, val_data: ValData | None, loss_fn: LossFn | None, scaler: Any,
+        rule: UpdateRule | None = None,
     ) -> None:  # fmt: skip
         self._model, self._loss_fn, self._every = model, loss_fn or model_loss, config.val_every
-        layers = [layer for layer in layers if scored[layer.name]]
+        taps = self._taps(layers, scored, config, state, rule)
+        layers = [tap.layer for tap in taps]
         parameter = next(iter(layers[0].params.values()))
         self._dtype = accumulation_dtype(parameter.dtype)
         self._reduction = config.loss_reduction
@@ -334,15 +342,21 @@ class SeparateValidation(Validation):
             self._split(lo, hi, batch) for _, lo, hi in self._val.spans()
         ]  # fmt: skip
         self.sizes = (0,) * len(self._micro_batches)
-        make = WatchTap if config.bitwise else TargetTap
-        taps: list[Tap] = [make(layer, scored[layer.name], config.algebra) for layer in layers]
         self.instrument = Instrument(model, state, taps, [], detach_params=not config.bitwise)
-        self._names = {
-            layer.qualified(key): layer.params[key] for layer in layers for key in scored[layer.name]
-        }
+        self._names = {tap.layer.qualified(key): tap.layer.params[key] for tap in taps for key in tap.scored}
         self._device = device_of(parameter)
         self._scaler = scaler
         self._age: int | None = None  # steps since the validation gradient was taken
+
+    @staticmethod
+    def _taps(
+        layers: list[Layer], scored: ScoredParts, config: GhostConfig, state: StepState,
+        rule: UpdateRule | None,
+    ) -> list[Tap]:  # fmt: skip
+        if isinstance(rule, AdamRule):
+            return list(slope_taps(TargetSlopeTap, layers, scored, config.algebra, state))
+        make = WatchTap if config.bitwise else TargetTap
+        return [make(layer, scored[layer.name], config.algebra) for layer in layers if scored[layer.name]]
 
     @staticmethod
     def _join(first: tuple[Inputs, Tensor], then: tuple[Inputs, Tensor]) -> tuple[Inputs, Tensor]:

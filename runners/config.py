@@ -17,6 +17,7 @@ from runners.choices import (
     Algebra,
     Architecture,
     Attention,
+    Credit,
     DataKind,
     Device,
     EngineName,
@@ -26,6 +27,7 @@ from runners.choices import (
     ModelKind,
     NonFinite,
     OptimizerName,
+    Preconditioner,
     ProjectionKind,
     Resolution,
     Schedule,
@@ -230,6 +232,10 @@ class GradDotProdEngine(EngineConfig):
         "validation rows of each set a step (concat) or a micro-batch of the validation pass (separate)"
     )
     val_sets: ValSets = key("validation objectives: all samples as one, or one for each domain")
+    preconditioner: Preconditioner = key(
+        "whose step values are about: the gradient's (none), or the optimizer's own (auto)"
+    )
+    credit: Credit = key("what counts of a gradient's way through momentum: its whole effect, or one step's")
     pairwise: bool = key("score every pair of a training and a validation sample")
     resolution: Resolution = key(
         "what stored scores tell apart: nothing, layers, families or attention heads"
@@ -318,7 +324,7 @@ class OptimizerConfig:
 
     name: OptimizerName
     lr: float = key("peak learning rate")
-    weight_decay: float = key("weight decay (decoupled in adamw)")
+    weight_decay: float = key("weight decay (in adamw apart from the gradient)")
 
 
 @dataclass
@@ -328,6 +334,13 @@ class AdamWOptimizer(OptimizerConfig):
     name: OptimizerName = fixed(OptimizerName.adamw)
     betas: list[float] = key("decay of the first and of the second moment")
     eps: float = key("added to the denominator")
+
+
+@dataclass
+class AdamOptimizer(AdamWOptimizer):
+    """`torch.optim.Adam`: the decay is a part of the gradient."""
+
+    name: OptimizerName = fixed(OptimizerName.adam)
 
 
 @dataclass
@@ -434,6 +447,7 @@ SCHEMAS: dict[str, type] = {
     "schema_layers": LayersConfig,
     "schema_dtype": DtypeConfig,
     "schema_hardware": HardwareConfig,
+    "schema_optimizer_adam": AdamOptimizer,
     "schema_optimizer_adamw": AdamWOptimizer,
     "schema_optimizer_sgd": SGDOptimizer,
     "schema_trainer": TrainerConfig,

@@ -149,7 +149,7 @@ def _rows_at_once(cfg: DictConfig) -> int:
 
 def _optimizer_copies(optimizer: DictConfig) -> int:
     """Tensors of a parameter's size that the optimizer keeps for each parameter."""
-    if optimizer.name == "adamw":
+    if optimizer.name in ("adam", "adamw"):
         return 2
     return 1 if optimizer.momentum > 0 else 0
 

@@ -11,8 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the config's `optimizer` node over all trainable parameters."""
     params = [p for p in model.parameters() if p.requires_grad]
-    if cfg.name == "adamw":
-        return torch.optim.AdamW(
+    if cfg.name in ("adam", "adamw"):
+        kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
+        return kind(
             params,
             lr=cfg.lr,
             betas=(cfg.betas[0], cfg.betas[1]),

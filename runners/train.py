@@ -292,6 +292,8 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
         "val_batch_size": cfg.engine.val_batch_size,
         "val_every": cfg.engine.val_every,
         "bitwise": cfg.engine.bitwise,
+        "preconditioner": cfg.engine.preconditioner,
+        "credit": cfg.engine.credit,
         "pairwise": cfg.engine.pairwise,
         "resolution": str(cfg.engine.resolution),
         "strict": cfg.engine.strict,

@@ -194,6 +194,14 @@ def _graddotprod(cfg: DictConfig) -> None:
             "engine.algebra",
             "changes rounding, which engine.bitwise=true forbids: type engine.algebra=auto",
         )
+    if engine.preconditioner != "none":
+        _preconditioner(cfg)
+    elif engine.credit != "trajectory":
+        _refuse(
+            cfg,
+            "engine.credit",
+            "has no effect with engine.preconditioner=none: type engine.credit=trajectory",
+        )
     if engine.pairwise and engine.val_sets != "one":
         _refuse(cfg, "engine.val_sets", "has no columns with engine.pairwise=true: type engine.val_sets=one")
     most = cfg.data.val_samples - cfg.data.test_samples
@@ -203,6 +211,22 @@ def _graddotprod(cfg: DictConfig) -> None:
         _refuse(
             cfg, "engine.val_batch_size", f"is more than data.val_samples={total}{apart}: type {most} or less"
         )
+
+
+def _preconditioner(cfg: DictConfig) -> None:
+    key, adam = "engine.preconditioner", cfg.optimizer.name in ("adam", "adamw")
+    if cfg.engine.preconditioner == "adam" and not adam:
+        _refuse(cfg, key, f"is not optimizer={cfg.optimizer.name}'s: type engine.preconditioner=auto")
+    if cfg.engine.bitwise:
+        _refuse(cfg, key, "takes the layers' backward into its own hands: type engine.bitwise=false")
+    if cfg.dtype.autocast == "float16":
+        _refuse(cfg, key, "does not go with a loss scale: type dtype=bf16_mixed")
+    if cfg.hardware.strategy != "none":
+        _refuse(cfg, key, "needs the whole gradient in one process: type hardware.strategy=none")
+    if adam and cfg.engine.algebra != "auto":
+        _refuse(cfg, "engine.algebra", f"has no effect with {key}={cfg.engine.preconditioner}: type auto")
+    if cfg.verify:
+        _refuse(cfg, "verify", f"checks plain inner products: type {key}=none")
 
 
 def _regular(cfg: DictConfig) -> None:
@@ -262,7 +286,7 @@ def _optimizer(cfg: DictConfig) -> None:
     optimizer = cfg.optimizer
     if optimizer.weight_decay < 0:
         _refuse(cfg, "optimizer.weight_decay", "must be 0 or more")
-    if optimizer.name == "adamw" and (
+    if optimizer.name in ("adam", "adamw") and (
         len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas)
     ):
         _refuse(
@@ -320,6 +344,8 @@ def _eval_only(cfg: DictConfig) -> None:
         "layers.families": [],
         "layers.blocks": [],
         "engine.pairwise": False,
+        "engine.preconditioner": "none",
+        "engine.credit": "trajectory",
         "engine.strict": False,
         "engine.val_sets": "one",
         "engine.resolution": "total",

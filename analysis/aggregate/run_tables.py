@@ -14,6 +14,13 @@ from analysis.aggregate.sample_totals import SampleTotals
 from analysis.aggregate.tables import COLUMN_VALUES, COLUMNS, DOMAINS, RUNS, TRAJECTORIES
 
 
+def _engine(config: Mapping[str, Any]) -> str | None:
+    """The engine, and whose step its values are about where that is not the gradient's."""
+    wanted = (config.get("engine") or {}).get("preconditioner", "none")
+    name = _name(config, "engine")
+    return name if wanted == "none" else f"{name}, preconditioner={wanted}"
+
+
 def run_row(sums: RunSums) -> pa.Table:
     """The run's row of `runs`."""
     run, config = sums.run, sums.run.config
@@ -27,7 +34,7 @@ def run_row(sums: RunSums) -> pa.Table:
         "model": _name(config, "model"),
         "optimizer": _name(config, "optimizer"),
         "dtype": _number_format(config.get("dtype")),
-        "engine": _name(config, "engine"),
+        "engine": _engine(config),
         "steps": sums.scored_steps,
         "samples": len(sums.ids),
         "total": float(sums.value.sum()),

@@ -139,8 +139,8 @@ def _limits(aggregate: Aggregate) -> Section:
         "Values are not what leaving a sample out would do. Only training again without it tells "
         "(python -m analysis.select, then data.drop).",
     ]
-    optimizers = set(aggregate.runs["optimizer"].to_pylist())
-    if optimizers - {"sgd"}:
+    runs = aggregate.runs.select(["optimizer", "engine"]).to_pylist()
+    if any(run["optimizer"] != "sgd" and "preconditioner" not in run["engine"] for run in runs):
         points.append(
             "With an optimizer other than SGD, the inner product of plain gradients stands in for that "
             "optimizer's own step."

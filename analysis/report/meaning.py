@@ -10,13 +10,18 @@ from analysis.report.numbers import percent, signed
 from analysis.report.page import Block, Command, Facts, Points, Section, Text
 from analysis.report.training import finite, scored_shares
 from analysis.report.values import ranked_values
-from analysis.runs import Run, has_sets, score_note
+from analysis.runs import Run, has_sets, optimizer_name, score_note
 
 _VERSION = "version."
 
 PROXY = (
     "The optimizer is {name}, which does not step along the gradient. The inner product of plain gradients "
     "ranks samples by an SGD step's effect; it is not this optimizer's own."
+)
+CHORD = (
+    "Values are about the step that the optimizer takes. Where it bends with the gradient, each sample is "
+    "credited with the slope over the range that the batch's partial sums cover, which is near its Shapley "
+    "value but not the same."
 )
 NO_RETRAINING = (
     "A value is what happened in this run. It is not what a run without the sample would have lost: other "
@@ -96,8 +101,10 @@ def _credited(run: Run) -> list[str]:
 
 def _setting_limits(run: Run) -> list[str]:
     points = []
-    if (name := setting(run.config, "optimizer.name")) != "sgd":
-        points.append(PROXY.format(name={"adamw": "AdamW"}.get(str(name), name)))
+    if (setting(run.config, "engine.preconditioner") or "none") != "none":
+        points.append(CHORD)
+    elif (name := setting(run.config, "optimizer.name")) != "sgd":
+        points.append(PROXY.format(name=optimizer_name(str(name))))
     elif setting(run.config, "optimizer.momentum"):
         points.append("Momentum carries gradients into later steps; these are not credited.")
     held_out = setting(run.config, "data.val_samples")

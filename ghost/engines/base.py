@@ -12,6 +12,7 @@ from ghost.batch import Inputs
 from ghost.config import GhostConfig
 from ghost.distributed import ALONE, Ranks
 from ghost.errors import GhostConfigError
+from ghost.update import Update
 
 LossFn = Callable[[nn.Module, Inputs, Tensor], Tensor]
 """`loss_fn(model, X, Y)`: the model's loss on a batch, counted as `loss_reduction` says."""
@@ -44,6 +45,7 @@ class Engine(ABC):
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: Any = None,
         loss_fn: LossFn | None = None, scaler: Any = None, ranks: Ranks = ALONE,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
         self.model, self.config, self.scaler, self.ranks = model, config, scaler, ranks
 
@@ -127,6 +129,9 @@ class Engine(ABC):
                 f"state is not of an engine={self.name!r}, which keeps nothing between steps: go on with the "
                 "engine that it was taken from."
             )
+
+    def note_update(self, update: Update) -> None:  # noqa: B027 -- most engines do not ask the optimizer
+        """After `optimizer.step()`: what it has made of the step."""
 
     def keep(self, sample: Tensor) -> None:  # noqa: B027 -- most engines have nothing but scores
         """After `collect`: write what else there is about the samples.

@@ -14,12 +14,16 @@ from ghost.coverage import refuse_gaps
 from ghost.distributed import ALONE, Ranks
 from ghost.engines.base import LayerScores, LossFn, register_engine
 from ghost.engines.tapped import TappedEngine
-from ghost.errors import GhostConfigError, ProtocolError
+from ghost.errors import GhostConfigError, ProtocolError, UnsupportedModelError
+from ghost.gradients import Algebra
 from ghost.heads import attention_heads
 from ghost.instrument import Instrument
 from ghost.layers import Layer
+from ghost.moments import Moments
+from ghost.preconditioner import AdamRule, Preconditioner, UpdateRule, update_rule
 from ghost.selection import family
 from ghost.step import Parts, Probes
+from ghost.update import Update
 from ghost.validation import JointValidation, ScoredParts, SeparateValidation, ValData, Validation
 
 
@@ -49,8 +53,9 @@ class GradDotProdEngine(TappedEngine):
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: ValData | None = None,
         loss_fn: LossFn | None = None, scaler: Any = None, ranks: Ranks = ALONE,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, config, val_data, loss_fn, scaler, ranks)
+        super().__init__(model, config, val_data, loss_fn, scaler, ranks, optimizer)
         if config.pairwise and isinstance(val_data, Mapping):
             raise GhostConfigError(
                 f"pairwise=True scores single validation rows, and val_data has the sets {sorted(val_data)}: "
@@ -59,20 +64,54 @@ class GradDotProdEngine(TappedEngine):
         if config.strict:
             refuse_gaps(model, config)
         self.scored = scored_parts(model, self.layers, config)
+        self._layers = {layer.name: layer for layer in self.layers}
         self._parts = {
             (layer.name, key): [(layer.name if part is None else part.label, family(layer)) for part in parts]
             for layer in self.layers
             for key, parts in self.scored[layer.name].items()
         }
+        self._rule = self._update_rule(optimizer)
         self.validation: Validation = (
-            JointValidation(model, self.state, self.layers, self.scored, config, val_data)
+            JointValidation(model, self.state, self.layers, self.scored, config, val_data, self._rule)
             if config.val_mode is ValMode.CONCAT
             else SeparateValidation(
-                model, self.state, self.layers, self.scored, config, val_data, loss_fn, scaler
+                model, self.state, self.layers, self.scored, config, val_data, loss_fn, scaler, self._rule
             )
         )
+        self._moments = self._read_moments()
         self._share: float | Tensor = 1.0
         ranks.refuse_different(self.validation.digest(), "val_data")
+
+    def _update_rule(self, optimizer: torch.optim.Optimizer | None) -> UpdateRule | None:
+        """What the optimizer makes of a gradient, where scores are about that."""
+        wanted = self.config.preconditioner
+        if wanted is Preconditioner.NONE:
+            return None
+        if optimizer is None:
+            raise GhostConfigError(
+                f"preconditioner={wanted.value!r} reads an optimizer's state, and there is none: give one, "
+                "or set it to 'none'."
+            )
+        for found, what in ((self.ranks.world_size > 1, "several ranks"), (self.scaler, "a GradScaler")):
+            if found:
+                raise GhostConfigError(
+                    f"preconditioner={wanted.value!r} does not work with {what}, since the gradient that the "
+                    "optimizer will get is not known in the backward: set it to 'none'."
+                )
+        rule = update_rule(optimizer, wanted, self.config.credit)
+        if isinstance(rule, AdamRule) and self.config.algebra is not Algebra.AUTO:
+            raise GhostConfigError(
+                f"algebra={self.config.algebra.value!r} has no effect with preconditioner={wanted.value!r} "
+                "and Adam, whose weights need the samples' gradients tile by tile: leave it at 'auto'."
+            )
+        return rule
+
+    def _read_moments(self) -> Moments | None:
+        if not isinstance(self._rule, AdamRule):
+            return None
+        taps = self.instrument.taps
+        names = {tap.layer.qualified(key): tap.layer.params[key] for tap in taps for key in tap.scored}
+        return Moments(self._rule, names, self.config.gradient_accumulation_steps)
 
     @property
     def instrument(self) -> Instrument:
@@ -98,12 +137,21 @@ class GradDotProdEngine(TappedEngine):
         self._share = share
         self.validation.begin(Y, first)
         self._open(X, rows, self.validation.sizes)
+        if self._moments is not None:
+            self.state.moments = self._moments.begin(first)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.validation.state_dict()
+        own = {} if self._rule is None else {"clip": self._rule.clip}
+        return self.validation.state_dict() | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.validation.load_state_dict(state)
+        if self._rule is not None:
+            self._rule.clip = state["clip"]
+
+    def note_update(self, update: Update) -> None:
+        if self._rule is not None:
+            self._rule.note_clip(float(update.clip))
 
     def _new_probes(self) -> Probes:
         return self.instrument.new_probes(self._dtype, self._device)
@@ -126,7 +174,7 @@ class GradDotProdEngine(TappedEngine):
                 "there is no step to collect scores from: begin() comes first, then forward and backward."
             )
         raw = {key: probe.grad for key, probe in state.probes.items()}
-        waited = state.ledger.scores()
+        waited = state.ledger.scores() | state.late_scores
         self._check_pass(bool(waited) or any(grad is not None for grad in raw.values()))
         if state.output_scale is not None and not state.outputs_scaled:
             self.abandon()
@@ -135,12 +183,21 @@ class GradDotProdEngine(TappedEngine):
                 "validation rows' weight is still in the gradients: call the model as a whole, or use "
                 "manager.step with step.backward(loss)."
             )
+        if state.slope_uses:
+            (use, *_), *_ = state.slope_uses.values()
+            self.abandon()
+            raise UnsupportedModelError(
+                f"layer {use.layer.name!r} shares its {use.key} with a use that the backward did not reach, "
+                "so the gradient that the optimizer gets is incomplete: set preconditioner='none'."
+            )
         factor = self.validation.score_factor(self._share, self.ranks.world_size, self._loss_scale())
         scores = {}
         for key, probe in state.probes.items():
             if key[1] in self.scored[key[0]]:
                 found = [part for part in (raw[key], waited.get(key)) if part is not None]
                 scores[key] = torch.stack(found).sum(0) * factor if found else probe.detach()
+                if self._rule is not None:
+                    scores[key] = scores[key] * self._rule.factor(self._layers[key[0]].params[key[1]])
         self.abandon()
         return scores
 

@@ -70,8 +70,9 @@ class GradProjLoRAEngine(TappedEngine):
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: Any = None,
         loss_fn: LossFn | None = None, scaler: Any = None, ranks: Ranks = ALONE,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, config, val_data, loss_fn, scaler, ranks)
+        super().__init__(model, config, val_data, loss_fn, scaler, ranks, optimizer)
         _refuse_scoring_settings(config)
         self._reduction = config.loss_reduction or infer_reduction(model, "give a loss_fn of such a kind")
         self._loss_fn = loss_fn or model_loss

@@ -34,8 +34,9 @@ class TappedEngine(Engine):
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: Any = None,
         loss_fn: LossFn | None = None, scaler: Any = None, ranks: Ranks = ALONE,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, config, val_data, loss_fn, scaler, ranks)
+        super().__init__(model, config, val_data, loss_fn, scaler, ranks, optimizer)
         reshard(model)
         self.layers: list[Layer] = find_layers(model)
         if not self.layers:

@@ -89,7 +89,8 @@ def test_two_names_of_one_setting() -> None:
     [
         ({"pairwise": "yes"}, r"pairwise='yes' should be true or false"),
         ({"resolution": "token"}, r"resolution='token' should be one of total, layer, family, head"),
-        ({"preconditioner": "adam"}, r"preconditioner='adam' is not supported.*'none'"),
+        ({"preconditioner": "sgd"}, r"preconditioner='sgd' should be one of none, adam, auto"),
+        ({"credit": "step"}, r"credit='step' has no effect with preconditioner='none'"),
         ({"val_mode": "both"}, r"val_mode='both' should be one of concat, separate"),
         ({"val_mode": ["concat"]}, r"val_mode=\['concat'\] should be one of"),
         ({"algebra": "fast"}, r"algebra='fast' should be one of auto, token_token, target, fused"),

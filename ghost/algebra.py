@@ -22,6 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ghost import kernels
+
 FUSED_TILE = 1 << 22
 """Elements of the per-sample tiles held at once (16 MiB in float32): large enough for full-speed products,
 small enough for a cache.
@@ -158,7 +160,7 @@ def _outputs(left: Tensor, right: Tensor, columns: int) -> tuple[Tensor, Tensor]
     return total, left.new_zeros(left.shape[0], columns, dtype=accumulation_dtype(left.dtype))
 
 
-@torch.library.custom_op("ghost::fused_sum_and_dots", mutates_args=())
+@torch.library.custom_op("ghost::fused_sum_and_dots", mutates_args=(), tags=torch.Tag.flexible_layout)
 def fused_sum_and_dots(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The summed gradient `[m, n]` and every sample's inner products with `targets [C, m, n]`, `[b, C]`, in
     one pass over tiles.
@@ -166,6 +168,8 @@ def fused_sum_and_dots(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Te
     Args:
         left, right: `[b, T, m]`, `[b, T, n]`.
     """
+    if kernels.serves(left.device.type, left.dtype, len(targets)):
+        return kernels.sum_and_dots(left, right, targets)
     b, _, m = left.shape
     total, dots = _outputs(left, right, len(targets))
     step = _tile_rows(b, m, right.shape[2])
@@ -180,7 +184,7 @@ def _(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return _outputs(left, right, targets.shape[0])
 
 
-@torch.library.custom_op("ghost::fused_sum_and_scores", mutates_args=())
+@torch.library.custom_op("ghost::fused_sum_and_scores", mutates_args=(), tags=torch.Tag.flexible_layout)
 def fused_sum_and_scores(
     left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -192,6 +196,8 @@ def fused_sum_and_scores(
         val_left, val_right: `[v, S, m]`, `[v, S, n]`.
         sizes: Validation samples of each column; they add up to v.
     """
+    if kernels.serves(left.device.type, left.dtype, len(sizes)):
+        return kernels.sum_and_scores(left, right, val_left, val_right, sizes)
     b, _, m = left.shape
     n = right.shape[2]
     total, dots = _outputs(left, right, len(sizes))

@@ -1,0 +1,62 @@
+"""Triton programs for a GPU, where `ghost.algebra` asks for a fused sum; see docs/kernel.md.
+
+Triton comes with PyTorch's CUDA builds. This module imports without it.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MOST_COLUMNS = 8
+"""Every column's target is read again for every sample; from some number on it is cheaper to write a tile's
+per-sample gradients down and multiply them with all targets at once, as the PyTorch path does.
+"""
+
+
+@cache
+def installed() -> bool:
+    """Whether Triton is; a line in the log where it is not."""
+    if find_spec("triton") is None:
+        log.warning(
+            "Triton is not installed, so scores on the GPU take PyTorch's own products: pip install triton."
+        )
+        return False
+    return True
+
+
+def serves(device: str, dtype: torch.dtype, columns: int) -> bool:
+    """Whether the programs here take such factors.
+
+    float32 is theirs where PyTorch may multiply it as TF32; without that, cuBLAS is faster.
+
+    Args:
+        device: Its type.
+        columns: Of targets.
+    """
+    if device != "cuda" or columns > MOST_COLUMNS:
+        return False
+    short = dtype in (torch.bfloat16, torch.float16)
+    tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return (short or tf32) and installed()
+
+
+def sum_and_dots(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`ghost.algebra.fused_sum_and_dots` for what this module `serves`."""
+    from ghost.kernels import fused
+
+    return fused.sum_and_dots(left, right, targets)
+
+
+def sum_and_scores(
+    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`ghost.algebra.fused_sum_and_scores` for what this module `serves`."""
+    from ghost.kernels import fused
+
+    return fused.sum_and_scores(left, right, val_left, val_right, sizes)

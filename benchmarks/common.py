@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -79,6 +80,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": cpu,
         "threads": str(torch.get_num_threads()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "gpu": gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -25,6 +25,13 @@ class ValMode(Enum):
     SEPARATE = "separate"
 
 
+class ValGradDevice(Enum):
+    """Where the validation gradient of `SEPARATE` is kept: with the model, or in the CPU's memory."""
+
+    MODEL = "model"
+    CPU = "cpu"
+
+
 class Resolution(Enum):
     """What the stored scores tell apart; whatever it is, they add up to the total."""
 
@@ -67,6 +74,8 @@ class GhostConfig:
         val_batch_size: Validation rows a step (`concat`) or a micro-batch of the validation pass
             (`separate`); None for all rows.
         val_every: Steps between validation gradients (`separate`).
+        val_grad_device: Where the validation gradient is kept (`separate`); from the CPU each layer's part
+            comes to the model's device when the layer's backward needs it.
         bitwise: Leave every layer's own backward alone, so that training is bit-identical to `regular`
             (`separate`).
         loss_reduction: What the model's loss is a mean of; None to infer it from a Hugging Face class.
@@ -103,6 +112,7 @@ class GhostConfig:
     val_mode: ValMode = ValMode.CONCAT
     val_batch_size: int | None = None
     val_every: int = 1
+    val_grad_device: ValGradDevice = ValGradDevice.MODEL
     bitwise: bool = False
     loss_reduction: LossReduction | None = None
     preconditioner: Preconditioner = Preconditioner.NONE
@@ -154,6 +164,11 @@ class GhostConfig:
         if self.val_every != 1 and self.val_mode is not ValMode.SEPARATE:
             raise GhostConfigError(
                 f"val_every={self.val_every} needs val_mode='separate'; with 'concat' it is 1."
+            )
+        if self.val_grad_device is not ValGradDevice.MODEL and self.val_mode is not ValMode.SEPARATE:
+            raise GhostConfigError(
+                f"val_grad_device={self.val_grad_device.value!r} needs val_mode='separate'; with 'concat' no "
+                "validation gradient is kept."
             )
         if self.score_dtype not in (None, torch.float32, torch.float64):
             raise GhostConfigError(
@@ -235,6 +250,7 @@ def convert(name: str, value: Any) -> Any:
     enums: dict[str, type[Enum]] = {
         "val_mode": ValMode, "loss_reduction": LossReduction, "algebra": Algebra, "resolution": Resolution,
         "proj_kind": ProjectionKind, "preconditioner": Preconditioner, "credit": Credit,
+        "val_grad_device": ValGradDevice,
     }  # fmt: skip
     if name in enums:
         raw = value.value if isinstance(value, Enum) else value

@@ -138,6 +138,11 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def fetched(tensor: Tensor, device: torch.device) -> Tensor:
+    """The whole of a tensor on `device`, wherever it is kept."""
+    return gathered(tensor).to(device)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor; another tensor is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,11 +16,12 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ghost.distributed import gathered
+from ghost.distributed import fetched
 from ghost.errors import UnsupportedModelError
 from ghost.gradients import Materialised, SampleGradients
 from ghost.layers import Layer, WholeRule
 from ghost.layers.whole import substituted
+from ghost.memory import is_out_of_memory
 from ghost.step import StepState, Unit
 from ghost.taps import Tap, wide
 
@@ -105,7 +106,7 @@ class ModuleCall:
         try:
             return torch.vmap(one, randomness="different")(rows, grads)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             if any(True for _ in self.layer.module.children()):
                 # Sample after sample would be many runs of what may be the whole model.
@@ -113,7 +114,7 @@ class ModuleCall:
         try:
             found = [one([r[i] for r in rows], [g[i] for g in grads]) for i in range(self.unit.size)]
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise UnsupportedModelError(self._cannot("for a sample on its own", error)) from error
         flat = [tree_flatten(item) for item in found]
@@ -198,6 +199,6 @@ class GenericFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        targets = [gathered(target) for target in ctx.saved_tensors]
+        targets = [fetched(target, grads[0].device) for target in ctx.saved_tensors]
         found = ctx.tap.backward(ctx.call.unit, ctx.call.sample_gradients(grads), targets)
         return None, None, None, None, *grads, *found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost.batch import Inputs, check_labels, plain, row_count, take_rows
-from ghost.config import GhostConfig, Resolution, ValMode
+from ghost.config import GhostConfig, Resolution, ValGradDevice, ValMode
 from ghost.discovery import find_layers
 from ghost.engines.base import LayerScores, LossFn
 from ghost.engines.graddotprod import GradDotProdEngine
@@ -102,6 +102,7 @@ def _settings(config: GhostConfig, reduction: LossReduction, uses: dict[tuple[st
     names = dict.fromkeys(layer for layer, _ in uses)
     return replace(
         config, engine=GradDotProdEngine.name, val_mode=ValMode.CONCAT, val_batch_size=None, val_every=1,
+        val_grad_device=ValGradDevice.MODEL,
         bitwise=False, loss_reduction=reduction, pairwise=True, resolution=Resolution.TOTAL, strict=False,
         selection=Selection(include=tuple(f"re:{re.escape(name)}" for name in names)),
         score_dtype=torch.float64, storage_dtype=None, gradient_accumulation_steps=1, result_dir=None,

@@ -507,6 +507,8 @@ class GhostEngineManager:
         self._micro_batch_open = False
         if not self._complete:
             self._step = None
+            if self._before:  # it leaves no trace: the step can be taken again
+                self.engine.load_state_dict(self._before)
 
     def _need_open_micro_batch(self, call: str) -> None:
         if not self._micro_batch_open:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ghost.algebra import row_dots
-from ghost.distributed import gathered
+from ghost.distributed import fetched
 from ghost.errors import UnsupportedModelError
 from ghost.gradients import Algebra, OuterProducts, RowGathers, SampleGradients
 from ghost.layers import Layer, LayerRule
@@ -255,7 +255,7 @@ class TapFunction(Function):
         (grad,) = grads
         x, *targets = ctx.saved_tensors
         gradients = ctx.tap.sample_gradients(x, grad.reshape(ctx.shape))
-        found = ctx.tap.backward(ctx.unit, gradients, [gathered(target) for target in targets])
+        found = ctx.tap.backward(ctx.unit, gradients, [fetched(target, grad.device) for target in targets])
         return None, None, grad, None, None, None, *found
 
 

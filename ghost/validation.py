@@ -6,6 +6,7 @@ the validation rows comes first, and hands every layer its part of the gradient 
 """
 
 import functools
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ghost.algebra import accumulation_dtype
 from ghost.batch import (
@@ -25,7 +27,7 @@ from ghost.batch import (
     take_rows,
     to_device,
 )
-from ghost.config import GhostConfig
+from ghost.config import GhostConfig, ValGradDevice
 from ghost.discovery import find_ties, shared_parameters
 from ghost.distributed import device_of, gradients, local, sharded_as
 from ghost.engines.base import LossFn
@@ -40,6 +42,8 @@ from ghost.preconditioner import AdamRule, UpdateRule
 from ghost.slopes import ConcatSlopeTap, TargetSlopeTap, slope_taps
 from ghost.step import Parts, StepState
 from ghost.taps import ConcatTap, Tap, TargetTap, WatchTap
+
+log = logging.getLogger(__name__)
 
 
 def model_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Tensor:
@@ -345,8 +349,22 @@ class SeparateValidation(Validation):
         self.instrument = Instrument(model, state, taps, [], detach_params=not config.bitwise)
         self._names = {tap.layer.qualified(key): tap.layer.params[key] for tap in taps for key in tap.scored}
         self._device = device_of(parameter)
+        self._kept_on = self._keeping_device(config, parameter)
         self._scaler = scaler
         self._age: int | None = None  # steps since the validation gradient was taken
+
+    def _keeping_device(self, config: GhostConfig, parameter: Tensor) -> torch.device:
+        """Where validation gradients are added up and kept."""
+        if config.val_grad_device is ValGradDevice.MODEL:
+            return self._device
+        if isinstance(parameter, DTensor):
+            raise GhostConfigError(
+                "val_grad_device='cpu' is nothing that a model under fully_shard can have, whose validation "
+                "gradient is sharded as it is: leave it at 'model'."
+            )
+        if self._device.type == "cpu":
+            log.info("val_grad_device='cpu' changes nothing: the model is on the CPU.")
+        return torch.device("cpu")
 
     @staticmethod
     def _taps(
@@ -367,6 +385,7 @@ class SeparateValidation(Validation):
         if first:
             self._age = None if self._age is None else self._age + 1
             if self._age is None or self._age >= self._every:
+                self.release()  # before the new ones take memory
                 self.instrument.state.targets, self._age = self.val_grad(), 0
 
     def release(self) -> None:
@@ -389,8 +408,7 @@ class SeparateValidation(Validation):
             raise GhostConfigError(_OTHER_STATE.format(mode="separate"))
         self._age = state["age"]
         self.instrument.state.targets = {
-            name: sharded_as(grad.to(self._names[name].device), self._names[name])
-            for name, grad in targets.items()
+            name: sharded_as(grad.to(self._kept_on), self._names[name]) for name, grad in targets.items()
         }
 
     def val_grad(self) -> dict[str, Tensor]:
@@ -404,7 +422,9 @@ class SeparateValidation(Validation):
         self, params: dict[int, nn.Parameter], micro_batches: list[tuple[float, Inputs, Tensor]]
     ) -> dict[int, Tensor]:
         """The gradient of one column's loss, by the parameters' `id`."""
-        total = {key: torch.zeros_like(p, dtype=self._dtype) for key, p in params.items()}
+        total = {
+            key: torch.zeros_like(p, dtype=self._dtype, device=self._kept_on) for key, p in params.items()
+        }
         scale = 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self._device))
         for weight, X, Y in micro_batches:
             with torch.random.fork_rng(self._cuda_devices()), torch.enable_grad():
@@ -414,7 +434,7 @@ class SeparateValidation(Validation):
                 grads = gradients(loss, self._model, list(params.values()))
             for key, grad in zip(params, grads, strict=True):
                 if grad is not None:
-                    total[key] += grad.to(self._dtype) * (weight / scale)
+                    total[key] += (grad.to(self._dtype) * (weight / scale)).to(self._kept_on)
         return total
 
     def _cuda_devices(self) -> list[torch.device]:

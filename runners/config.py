@@ -36,6 +36,7 @@ from runners.choices import (
     Strategy,
     TaskName,
     TokenType,
+    ValGradDevice,
     ValMode,
     ValSets,
 )
@@ -241,6 +242,9 @@ class GradDotProdEngine(EngineConfig):
         "what stored scores tell apart: nothing, layers, families or attention heads"
     )
     val_every: int = key("steps between two validation gradients (separate)")
+    val_grad_device: ValGradDevice = key(
+        "where the validation gradient is kept: on the model's device, or in the CPU's memory (separate)"
+    )
     bitwise: bool = key("keep training bit-identical to engine=regular (separate)")
     algebra: Algebra = key("how the dots are computed; auto: the cheapest for each layer")
     strict: bool = key("refuse to train where a trainable parameter is not scored")

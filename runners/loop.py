@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ghost import GhostEngineManager, LossReduction
 from ghost.loss import count
+from ghost.memory import is_out_of_memory
 from runners.data.base import Batch, SampleSet
 from runners.data.loader import shared_eval_batches
 from runners.environment import peak_device_memory_bytes, peak_memory_bytes
@@ -147,12 +149,13 @@ class TrainingLoop:
         # Of one process the first, before gradients are held; of several the last, which sums them over all.
         probed = 1 if self.world.world_size == 1 else len(parts)
         losses = []
-        for number, (batch, own) in enumerate(zip(parts, counts, strict=True), start=1):
-            loss = self._micro_batch(
-                batch, step, share=own / counted, probed=number == probed and self._overhead.is_due(step),
-                last=number == len(parts),
-            )  # fmt: skip
-            losses.append(loss)
+        with self._kept_where_memory_ends(step, random):
+            for number, (batch, own) in enumerate(zip(parts, counts, strict=True), start=1):
+                loss = self._micro_batch(
+                    batch, step, share=own / counted, probed=number == probed and self._overhead.is_due(step),
+                    last=number == len(parts),
+                )  # fmt: skip
+                losses.append(loss)
         scores = self.manager.scores if self.cfg.engine.name != "regular" else torch.zeros(0)
         wrong = self._non_finite(torch.stack(losses), scores)
         if wrong and self.cfg.trainer.non_finite == "stop":
@@ -165,6 +168,19 @@ class TrainingLoop:
         of_all = self.world.sum(torch.stack([loss_sum, *(value.to(self._precise) for value in sums)]))
         loss, total, negative, number = of_all.tolist()
         return StepResult(loss / counted, counted, lr, (total, negative, number))
+
+    @contextmanager
+    def _kept_where_memory_ends(self, step: int, random: dict[str, Any]) -> Iterator[None]:
+        """Where memory runs out in the block, leave the state before this step on disk. Of several processes
+        the others would not come to write theirs.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error) and self.world.world_size == 1:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.keeping.write(step, self.manager.state_dict(), self._state(), random)
+            raise
 
     def _micro_batch(self, batch: Batch, step: int, share: float, probed: bool, last: bool) -> torch.Tensor:
         """Forward and scored backward; returns the training rows' summed loss, 0-dim."""

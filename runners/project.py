@@ -19,6 +19,8 @@ from runners.data.loader import ordered_batches
 from runners.environment import peak_memory_bytes
 from runners.layers import layer_selection
 from runners.losses import Task, build_task
+from runners.memory.estimate import estimate_tag, facts_of, told_estimate
+from runners.memory.exhausted import memory_errors_named
 from runners.progress import ProjectionLine, readable
 from runners.project_summary import measure_distortion, show_projection, typed_overrides
 from runners.projection_store import describe_store, open_writer, refuse_other_store, row_bytes, store_folder
@@ -48,21 +50,24 @@ def project(cfg: DictConfig, world: World) -> None:
         data = world.agreed(lambda: build_data(cfg.data))
         log.info("%s", data.description)
         part = part_of(len(data.train), cfg.trainer.batch_size, cfg.engine.rank, cfg.engine.world_size)
+        config = projection_config(cfg, build_task(cfg, device))
+        estimate = world.agreed(lambda: told_estimate(cfg, config, facts_of(cfg, data), {}, device))
         # In evaluation mode: with dropout a row would depend on the random numbers of the pass.
         model = build_placed(cfg, data, device).eval()
         if world.is_main and OmegaConf.select(cfg, "model.path") is None:
             place = "model.path=null" if cfg.model.kind == "hf" else f"model={cfg.model.name}"
             log.warning("%s: these are gradients at a random start (seed=%d).", place, cfg.seed)
         task = build_task(cfg, device)
-        engine = GradProjLoRAEngine(model, projection_config(cfg, task))
+        engine = GradProjLoRAEngine(model, config)
         if world.is_main:
             record_coverage(engine, out / "coverage.json")
         writer = open_writer(cfg, folder, engine, data)
-        with Resumable(cfg, folder, world), writer:
+        with memory_errors_named(cfg, estimate), Resumable(cfg, folder, world), writer:
             if world.is_main:
                 warn_of_space(folder, len(data.train) * row_bytes(engine.layout, str(cfg.engine.storage)))
                 describe_store(cfg, folder, data, OmegaConf.select(cfg, "data.seq_len"))
-            world.on_main(lambda: record_setup(typed, out, device, data, tracker, world=world))
+            known = estimate_tag(estimate)
+            world.on_main(lambda: record_setup(typed, out, device, data, tracker, known, world))
             Projection(cfg, engine, task, writer, tracker, data.train, part, world).run()
         if engine.uncounted:
             log.warning(

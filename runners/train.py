@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +36,8 @@ from runners.identity import fingerprint
 from runners.layers import layer_selection
 from runners.loop import VAL_LOSS, TrainingLoop, held_out_losses
 from runners.losses import Task, build_task
+from runners.memory.estimate import MemoryEstimate, estimate_tag, facts_of, told_estimate
+from runners.memory.exhausted import memory_errors_named
 from runners.models import build_model, parameter_dtype, place
 from runners.optim import build_optimizer, build_scaler, build_schedule
 from runners.progress import StatusLine
@@ -104,14 +107,17 @@ def _recorded_run(
     device = world.agreed(lambda: prepare_machine(cfg, world))
     data = world.agreed(lambda: build_data(cfg.data))
     log.info("%s", data.description)
-    model = build_placed(cfg, data, device)
-    world.on_main(lambda: record_setup(cfg, out, device, data, tracker, tags, world))
-    if cfg.trainer.eval_only:
-        val_loss = evaluate_only(cfg, wrapped(model, cfg, world, device), data, device, tracker, world)
-    else:
-        val_loss = train(cfg, out, model, data, device, tracker, world)
-        if cfg.trainer.save_model:
-            save_model(model, out / MODEL_FOLDER, world)
+    estimate = world.agreed(lambda: expected_memory(cfg, out, data, device))
+    with memory_errors_named(cfg, estimate):
+        model = build_placed(cfg, data, device)
+        known = dict(tags or {}) | estimate_tag(estimate)
+        world.on_main(lambda: record_setup(cfg, out, device, data, tracker, known, world))
+        if cfg.trainer.eval_only:
+            val_loss = evaluate_only(cfg, wrapped(model, cfg, world, device), data, device, tracker, world)
+        else:
+            val_loss = train(cfg, out, model, data, device, tracker, world)
+            if cfg.trainer.save_model:
+                save_model(model, out / MODEL_FOLDER, world)
     world.barrier()  # all score shards are written
     if world.is_main:
         leave_results(cfg, out, data)
@@ -119,6 +125,15 @@ def _recorded_run(
         tracker.log_artifacts(out)
         tracker.finish()
     return data, val_loss
+
+
+def expected_memory(
+    cfg: DictConfig, out: Path, data: DataBundle, device: torch.device
+) -> MemoryEstimate | None:
+    """The run's memory estimate, said before the model is built."""
+    sets = Counter(data.val.domains) if cfg.engine.val_sets == "domain" else {"": len(data.val)}
+    config = ghost_config(cfg, out, build_task(cfg, device))
+    return told_estimate(cfg, config, facts_of(cfg, data), sets, device)
 
 
 def build_placed(cfg: DictConfig, data: DataBundle, device: torch.device) -> nn.Module:
@@ -291,6 +306,7 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
         "val_mode": str(cfg.engine.val_mode),
         "val_batch_size": cfg.engine.val_batch_size,
         "val_every": cfg.engine.val_every,
+        "val_grad_device": str(cfg.engine.val_grad_device),
         "bitwise": cfg.engine.bitwise,
         "preconditioner": cfg.engine.preconditioner,
         "credit": cfg.engine.credit,

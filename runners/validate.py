@@ -184,6 +184,10 @@ def _graddotprod(cfg: DictConfig) -> None:
             _refuse(cfg, "engine.bitwise", "needs its own validation pass: type engine.val_mode=separate")
         if engine.val_every > 1:
             _refuse(cfg, "engine.val_every", "needs its own validation pass: type engine.val_mode=separate")
+        if engine.val_grad_device != "model":
+            _refuse(
+                cfg, "engine.val_grad_device", "needs its own validation pass: type engine.val_mode=separate"
+            )
     elif engine.algebra == "token_token":
         _refuse(
             cfg, "engine.algebra", "needs the validation rows in the same pass: type engine.val_mode=concat"

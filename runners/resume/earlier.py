@@ -17,8 +17,9 @@ from runners.resume.names import CONFIG_FILE, FINISHED_FILE
 
 log = logging.getLogger(__name__)
 
-# A run that has not met such a step computes the same whatever is to be done about one.
-_FREE_TO_CHANGE = ("trainer.non_finite=",)
+# What changes no number of a run that goes on: what is to be done about a step that it has not met, and where
+# things are kept or computed twice to save memory.
+_FREE_TO_CHANGE = ("trainer.non_finite=", "trainer.activation_checkpointing=", "engine.val_grad_device=")
 
 
 def refuse_other_run(cfg: DictConfig, directory: Path, key: str) -> None:

@@ -184,6 +184,7 @@ REFUSED = {
     "model.config.n_layr=3": ["model.config.n_layr is no key of GPT2Config", "model.config.n_layer?"],
     "engine.bitwise=true": ["engine.bitwise=true", "engine.val_mode=separate"],
     "engine.val_every=2": ["engine.val_every=2", "engine.val_mode=separate"],
+    "engine.val_grad_device=cpu": ["engine.val_grad_device=cpu", "engine.val_mode=separate"],
     "engine.val_mode=separate engine.bitwise=true engine.algebra=fused": ["engine.algebra=fused", "=auto"],
     "engine.val_mode=separate engine.algebra=token_token": ["engine.algebra=token_token", "=concat"],
     "engine.val_batch_size=31": ["engine.val_batch_size=31", "data.val_samples=30"],

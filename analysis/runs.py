@@ -32,6 +32,7 @@ _VALUE_COLUMNS = {
     "times_seen": pa.int64(),
 }
 _SCORE_COLUMNS = ("step", "sample", "score", "lr", "clip")
+_CURVATURE = "curvature"  # of second-order scores
 
 
 def load_run(run_dir: Path) -> "Run":
@@ -72,11 +73,19 @@ def credit_note(config: Mapping[str, Any]) -> str:
     if engine.get("preconditioner", "none") != "none":
         whole = {"step": "in that step alone", "trajectory": "over all steps to come"}[engine["credit"]]
         return f"gradient dot product weighted by what {name} makes of the batch, credited {whole}"
+    order, what = "first-order", "plain gradient dot product"
+    if is_second_order(config):
+        order, what = "second-order", "plain gradient and Hessian products"
     if optimizer["name"] != "sgd":
-        return f"plain gradient dot product; the optimizer is {name}, so values are a first-order SGD proxy"
+        return f"{what}; the optimizer is {name}, so values are a {order} SGD proxy"
     if optimizer.get("momentum"):
-        return "plain gradient dot product; momentum is not credited, so values are a first-order SGD proxy"
-    return "first-order In-Run Data Shapley (plain gradient dot product, SGD)"
+        return f"{what}; momentum is not credited, so values are a {order} SGD proxy"
+    return f"{order} In-Run Data Shapley ({what}, SGD)"
+
+
+def is_second_order(config: Mapping[str, Any]) -> bool:
+    """Whether values of a run with this config count what a step's samples take from each other."""
+    return config.get("engine", {}).get("order") == 2
 
 
 _SCORING = "graddotprod"  # the engine that gives values
@@ -222,7 +231,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
     Returns:
         `step` `[n]` int64, `sample` `[n]` int64 (running index), `score` and `lr` `[n]` or `[n, K]`, `clip`
-        `[n]`; of pairs `val` `[n, V]` as well.
+        `[n]`; of second-order scores `curvature`, shaped as `score`; of pairs `val` `[n, V]`.
 
     Raises:
         AnalysisError: It is damaged.
@@ -231,11 +240,14 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise _damaged(path, error) from error
-    columns = [shard.get(name) for name in _SCORE_COLUMNS] if isinstance(shard, dict) else []
+    further = {_CURVATURE} & set(shard) if isinstance(shard, dict) else set()
+    names = (*_SCORE_COLUMNS, *further)
+    columns = [shard.get(name) for name in names] if isinstance(shard, dict) else []
     if not columns or not all(isinstance(column, Tensor) and column.dim() > 0 for column in columns):
         raise AnalysisError(f"{path} is damaged: a shard holds the tensors {', '.join(_SCORE_COLUMNS)}.")
-    lengths = {name: len(shard[name]) for name in _SCORE_COLUMNS}
-    if len(set(lengths.values())) > 1 or shard["score"].shape != shard["lr"].shape:
+    lengths = {name: len(shard[name]) for name in names}
+    shapes = {shard[name].shape for name in ("score", "lr", *further)}
+    if len(set(lengths.values())) > 1 or len(shapes) > 1:
         raise AnalysisError(f"{path} is damaged: its columns differ in length or width ({lengths}).")
     return shard
 

@@ -76,6 +76,8 @@ class GhostConfig:
         val_every: Steps between validation gradients (`separate`).
         val_grad_device: Where the validation gradient is kept (`separate`); from the CPU each layer's part
             comes to the model's device when the layer's backward needs it.
+        order: 1 for scores alone; 2 for the samples' curvatures as well, the second-order term of their
+            values (`separate`).
         bitwise: Leave every layer's own backward alone, so that training is bit-identical to `regular`
             (`separate`).
         loss_reduction: What the model's loss is a mean of; None to infer it from a Hugging Face class.
@@ -113,6 +115,7 @@ class GhostConfig:
     val_batch_size: int | None = None
     val_every: int = 1
     val_grad_device: ValGradDevice = ValGradDevice.MODEL
+    order: int = 1
     bitwise: bool = False
     loss_reduction: LossReduction | None = None
     preconditioner: Preconditioner = Preconditioner.NONE
@@ -161,6 +164,15 @@ class GhostConfig:
             )
         if self.val_mode is ValMode.SEPARATE and self.algebra is Algebra.TOKEN_TOKEN:
             raise GhostConfigError("algebra='token_token' needs the validation rows of val_mode='concat'.")
+        if self.order == 2 and self.val_mode is not ValMode.SEPARATE:
+            raise GhostConfigError(
+                "order=2 needs val_mode='separate': a joint pass has no graph of the validation loss alone."
+            )
+        if self.order == 2 and self.val_every != 1:
+            raise GhostConfigError(
+                f"val_every={self.val_every} saves nothing with order=2, which differentiates the validation "
+                "loss at every step: leave it at 1."
+            )
         if self.val_every != 1 and self.val_mode is not ValMode.SEPARATE:
             raise GhostConfigError(
                 f"val_every={self.val_every} needs val_mode='separate'; with 'concat' it is 1."
@@ -181,6 +193,8 @@ class GhostConfig:
             )
 
     def _check_preconditioner(self, name: str) -> None:
+        if self.order == 2:
+            raise GhostConfigError(f"order=2 is of an SGD step: set preconditioner={name!r} to 'none'.")
         if self.bitwise:
             raise GhostConfigError(
                 f"preconditioner={name!r} takes the layers' backward into its own hands: set bitwise=False."
@@ -194,6 +208,8 @@ class GhostConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise GhostConfigError(f"{name}={value!r} should be a whole number of at least 1.")
+        if type(self.order) is not int or self.order not in (1, 2):
+            raise GhostConfigError(f"order={shown(self.order)} should be 1 or 2.")
         if type(self.proj_seed) is not int:
             raise GhostConfigError(f"proj_seed={shown(self.proj_seed)} should be a whole number.")
         for name in ("bitwise", "pairwise", "strict", "include_embeddings", "weight_grads"):

@@ -13,6 +13,7 @@ from ghost.discovery import Tie
 from ghost.errors import BatchError, UnsupportedModelError
 from ghost.generic import GenericFunction, ModuleCall
 from ghost.graph import refuse_stray_uses, scale_gradients, whole
+from ghost.kept import KeepingTap
 from ghost.layers import Layer, LayerRule, WholeRule
 from ghost.layers.whole import substituted
 from ghost.roworder import RowOrder
@@ -134,7 +135,8 @@ class Instrument:
             self._check_rank(tap.layer, x)
             return run(x)
 
-        return _between_graphs(forward) if isinstance(tap, ConcatTap | SlopeTap) and tap.shared else forward
+        keeps_books = isinstance(tap, KeepingTap) or (isinstance(tap, ConcatTap | SlopeTap) and tap.shared)
+        return _between_graphs(forward) if keeps_books else forward
 
     def _scaled_forward(self, original: Forward) -> Forward:
         state = self.state

@@ -20,6 +20,7 @@ from ghost.distributed import ALONE, ddp_wrapper, ranks_of
 from ghost.engines import Engine, LayerScores, LossFn, engine_class
 from ghost.errors import BatchError, GhostConfigError, ProtocolError, shown
 from ghost.scores import Column, ScoreLog
+from ghost.second_order import refuse_gradients_left
 from ghost.update import SKIPPED, Update, UpdateObserver
 
 log = logging.getLogger(__name__)
@@ -27,18 +28,25 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Step:
-    """What is known of the step in progress; a step may have several micro-batches."""
+    """What is known of the step in progress; a step may have several micro-batches.
+
+    Attributes:
+        rates: The groups' learning rates `[R]` when its last backward was done, float64.
+    """
 
     iteration: int
     samples: list[Tensor] = field(default_factory=list)
     scores: list[LayerScores] = field(default_factory=list)
+    curvatures: list[LayerScores] = field(default_factory=list)
+    rates: Tensor | None = None
 
     def sample(self) -> Tensor:
         return torch.cat(self.samples)
 
-    def by_parameter(self) -> LayerScores:
-        """Scores `[K, B, C]` of all micro-batches by layer and parameter name."""
-        return {key: torch.cat([part[key] for part in self.scores], dim=1) for key in self.scores[0]}
+
+def _together(micro_batches: Sequence[LayerScores]) -> LayerScores:
+    """Scores `[K, B, C]` of all micro-batches by layer and parameter name."""
+    return {key: torch.cat([part[key] for part in micro_batches], dim=1) for key in micro_batches[0]}
 
 
 class ScoredStep:
@@ -135,6 +143,7 @@ class GhostEngineManager:
         )
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._untrained = self._outside_groups()
+        self._refuse_unknown_averaging()
         self._step: _Step | None = None
         self._before: dict[str, Any] = {}  # the engine's state at the beginning of the step
         self._micro_batch_open = False
@@ -166,6 +175,14 @@ class GhostEngineManager:
             )
         return missing
 
+    def _refuse_unknown_averaging(self) -> None:
+        if self.config.order == 2 and self._ranks.world_size > 1 and self._ddp is None:
+            raise GhostConfigError(
+                "order=2 needs the averaged training gradient when the last backward is done, and "
+                "ddp_info={'ddp': True} does not say when a loop averages: give the manager the model in "
+                "DistributedDataParallel."
+            )
+
     def attach_train_batch(
         self, X: Inputs, Y: Tensor, iteration: int, batch_idx: Sequence[int] | Tensor,
         share: float | Tensor | None = None,
@@ -187,6 +204,9 @@ class GhostEngineManager:
             self._close_micro_batch()
         if self._step is None:
             self._before = self.engine.state_dict()
+            if self.config.order == 2:
+                groups = self._observer.groups()
+                refuse_gradients_left({n: p for n, p in self._parameters.items() if id(p) in groups})
         if self._step is not None and self._step.iteration != iteration:
             raise ProtocolError(
                 f"step {self._step.iteration} is still open at iteration {iteration}: call "
@@ -229,6 +249,8 @@ class GhostEngineManager:
         scale = None
         if self._scaler is not None:
             scale = self._scaler.scale(torch.ones((), device=next(self.model.parameters()).device))
+        if not self._complete:
+            self._finish_scores()
         self._observer.expect(scale)
         self._complete = True
 
@@ -287,7 +309,17 @@ class GhostEngineManager:
         """Scores of the latest step's samples in the order in which they were attached: `[B]`, or with a
         column for each validation sample (`pairwise`) or validation set, `[B, C]`; empty without scoring.
         """
-        parts = [part.sum(0) for part in self._by_parameter().values()]
+        return self._total(self._by_parameter())
+
+    @property
+    def curvatures(self) -> Tensor:
+        """`⟨g_i, H Σ_j g_j⟩` of the latest step's samples, `[B]` or `[B, C]` as `scores`: with `order=2`,
+        after `prepare_gradients`. A sample's value is `η c · score − (η c)²/2 · curvature`.
+        """
+        return self._total(self._curvatures_by_parameter())
+
+    def _total(self, by_parameter: LayerScores) -> Tensor:
+        parts = [part.sum(0) for part in by_parameter.values()]
         return self._plain(torch.stack(parts).sum(0)) if parts else torch.zeros(0)
 
     @property
@@ -303,13 +335,20 @@ class GhostEngineManager:
             GhostConfigError: Heads were not told apart in the backward, since the manager's `resolution` is
                 another.
         """
+        return self._by(self._by_parameter(), resolution)
+
+    def curvatures_by(self, resolution: Resolution | str) -> dict[str, Tensor]:
+        """`curvatures` in the same way."""
+        return self._by(self._curvatures_by_parameter(), resolution)
+
+    def _by(self, by_parameter: LayerScores, resolution: Resolution | str) -> dict[str, Tensor]:
         wanted: Resolution = convert("resolution", resolution)
         if wanted is Resolution.HEAD and self.config.resolution is not Resolution.HEAD:
             raise GhostConfigError(
                 f"resolution={self.config.resolution.value!r} does not tell heads apart: set it to 'head'."
             )
         found: dict[str, Tensor] = {}
-        for label, _, part in self._labelled(wanted):
+        for label, _, part in self._labelled(by_parameter, wanted):
             found[label] = found[label] + part if label in found else part
         return {label: self._plain(part) for label, part in found.items()}
 
@@ -317,10 +356,12 @@ class GhostEngineManager:
         """`[B, C]`, or `[B]` where there is one column that nobody asked to be a column."""
         return scores if self.config.pairwise or self.engine.columns != ("",) else scores[:, 0]
 
-    def _labelled(self, resolution: Resolution) -> Iterator[tuple[str, str, Tensor]]:
-        """Label, parameter and scores `[B, C]` of every part of the latest step's scores."""
+    def _labelled(
+        self, by_parameter: LayerScores, resolution: Resolution
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """Label, parameter and scores `[B, C]` of every part of a step's scores."""
         parts = self.engine.parts()
-        for (layer, key), scores in self._by_parameter().items():
+        for (layer, key), scores in by_parameter.items():
             parameter = f"{layer}.{key}" if layer else key
             for (name, family), part in zip(parts[layer, key], scores, strict=True):
                 label = {
@@ -404,7 +445,7 @@ class GhostEngineManager:
         update = self._observer.take()
         if update is not None:
             self.engine.note_update(update)
-        if self._log is not None and step.by_parameter():
+        if self._log is not None and step.scores[0]:
             self._append_rows(self._log, step)
         step.samples = []
 
@@ -416,11 +457,27 @@ class GhostEngineManager:
                 "step %d was skipped by the optimizer: its samples are credited nothing.", step.iteration
             )
             update = SKIPPED
-        columns, score, lr = self._columns(update)
+        columns, score, lr = self._columns(_together(step.scores), update)
+        curvature = None
+        if step.curvatures:
+            self._refuse_other_rates(step, update)
+            _, curvature, _ = self._columns(_together(step.curvatures), update)
         val = self.engine.val_rows() if self.config.pairwise else None
-        rows.append(step.iteration, step.sample(), score, lr, update.clip, columns, val)
+        rows.append(step.iteration, step.sample(), score, lr, update.clip, columns, val, curvature)
 
-    def _columns(self, update: Update) -> tuple[list[Column], Tensor, Tensor]:
+    def _refuse_other_rates(self, step: _Step, update: Update) -> None:
+        """Curvatures are of the direction in which the groups' learning rates turn the gradient."""
+        assert step.rates is not None
+        now = update.lr.expand_as(step.rates)
+        then = step.rates if bool(step.rates.any()) else torch.ones_like(step.rates)
+        # The same direction, whatever its length; a step of no length has any.
+        if not torch.allclose(then * now.amax(), now * then.amax(), rtol=1e-9, atol=0.0):
+            raise ProtocolError(
+                f"step {step.iteration} ended its backward with learning rates {step.rates.tolist()} and was "
+                f"taken with {now.tolist()}: with order=2 set those of groups before the last backward."
+            )
+
+    def _columns(self, by_parameter: LayerScores, update: Update) -> tuple[list[Column], Tensor, Tensor]:
         """The step's scores `[n, K]` with what each column is, and each column's learning rate `[K]`.
 
         A column is a part of the model, as far as `resolution` tells them apart, against a validation set or
@@ -431,7 +488,7 @@ class GhostEngineManager:
         if not bool((update.lr != update.lr[0]).any()) and not self._untrained:
             groups = dict.fromkeys(groups, 0)
         found: dict[tuple[str, int], Tensor] = {}
-        for label, parameter, part in self._labelled(self.config.resolution):
+        for label, parameter, part in self._labelled(by_parameter, self.config.resolution):
             key = label, groups.get(id(self._parameters[parameter]), len(update.lr))
             found[key] = found[key] + part if key in found else part
         wide = next(iter(found.values())).shape[1]
@@ -486,7 +543,14 @@ class GhostEngineManager:
             raise ProtocolError(
                 "no scores are known yet: they are after the backward and prepare_gradients()."
             )
-        return self._step.by_parameter()
+        return _together(self._step.scores)
+
+    def _curvatures_by_parameter(self) -> LayerScores:
+        if self._step is None or not self._step.curvatures:
+            raise ProtocolError(
+                "no curvatures are known: they need order=2, and are there after prepare_gradients()."
+            )
+        return _together(self._step.curvatures)
 
     def _close_micro_batch(self) -> None:
         assert self._step is not None
@@ -500,6 +564,16 @@ class GhostEngineManager:
         step.scores.append(self.engine.collect())  # where this fails, the step is dropped
         self.engine.keep(step.samples[-1])
         self._step = step
+
+    def _finish_scores(self) -> None:
+        """What the engine scores once the step's whole gradient is known."""
+        assert self._step is not None
+        step, self._step = self._step, None
+        step.rates = self._observer.rates()
+        lr = step.rates.tolist()
+        groups = self._observer.groups()
+        step.curvatures = self.engine.finish({key: lr[group] for key, group in groups.items()})
+        self._step = step  # where this fails, the step is dropped
 
     def _abandon_step(self) -> None:
         """Forget the step in progress; one that is complete stays, to be logged."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ghost.batch import Inputs, take_rows
 from ghost.gradients import cut
 from ghost.heads import Part
+from ghost.second_order import twice_differentiable
 
 Rows = tuple[Inputs, Tensor]
 
@@ -141,10 +142,25 @@ class _Backward:
         grads = torch.autograd.grad(loss, list(self._leaves.values()), materialize_grads=True)
         return {use: grad / self._scale for use, grad in zip(self._leaves, grads, strict=True)}
 
+    def hessian_product(self, weight: float, rows: Rows, along: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The Hessian of `weight` times the rows' loss, by all uses, times `along`."""
+        if weight == 0:
+            return {use: torch.zeros_like(p) for use, p in self._leaves.items()}
+        leaves = list(self._leaves.values())
+        with twice_differentiable():
+            loss = self._loss(*rows) * weight
+            grads = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+            pairs = zip(self._leaves, grads, strict=True)
+            slope = torch.stack([(grad * along[use]).sum() for use, grad in pairs]).sum()
+            if not slope.requires_grad:  # a loss that is linear in what is trained
+                return {use: torch.zeros_like(p) for use, p in self._leaves.items()}
+            products = torch.autograd.grad(slope, leaves, materialize_grads=True)
+        return dict(zip(self._leaves, products, strict=True))
+
 
 def plain_uses(
     model: nn.Module, loss: BatchLoss, train: Rows, weights: Sequence[float], columns: Sequence[Weighed],
-    scored: Mapping[str, Sequence[Part] | None], scale: float, eps: float,
+    scored: Mapping[str, Sequence[Part] | None], scale: float, eps: float, order: int = 1,
 ) -> dict[str, PlainUse]:  # fmt: skip
     """Scores and training gradients of every use of every trainable parameter, by its qualified name.
 
@@ -156,6 +172,7 @@ def plain_uses(
         scored: What of each use is scored; None for all of it.
         scale: Factor on the loss during the backward, for float16.
         eps: Relative rounding of the coarsest dtype in the model.
+        order: 2 for curvatures too, against targets `H Σ_j g_j` behind the validation gradients.
     """
     parameters = trainable_uses(model)
     values = {id(p): p.detach() for p in parameters.values()}
@@ -163,20 +180,27 @@ def plain_uses(
         rounded = _Backward(leaves, loss, scale)(1.0, train)
     with leaves_with(model, values) as leaves:
         backward = _Backward(leaves, loss, scale)
+        grads = backward(1.0, train)
         targets = [_summed_over_uses(backward(*column), parameters) for column in columns]
+        if order == 2:
+            whole = _summed_over_uses(grads, parameters)
+            along = {use: whole[id(p)] for use, p in parameters.items()}
+            targets += [
+                _summed_over_uses(backward.hessian_product(*column, along), parameters) for column in columns
+            ]
         found = {
             use: PlainUse(
                 parameters[use], [target[id(parameters[use])] for target in targets], grad,
                 rounded.pop(use), scored.get(use, ()),
             )
-            for use, grad in backward(1.0, train).items()
+            for use, grad in grads.items()
         }  # fmt: skip
         X, Y = train
         for row, weight in enumerate(weights):
             rows = slice(row, row + 1)
-            grads = backward(weight, (take_rows(X, rows), Y[rows])) if weight else {}
+            own = backward(weight, (take_rows(X, rows), Y[rows])) if weight else {}
             for use, plain in found.items():
-                plain.add_row(grads.get(use))
+                plain.add_row(own.get(use))
     return found
 
 

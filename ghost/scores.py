@@ -51,6 +51,8 @@ class ScoreLog:
     each column is. Columns add up to a row's value, `Σ_k score_k · lr_k · clip`. Pairwise shards have `val
     [n, V]` as well, the validation rows that the columns are about.
 
+    Shards of second-order scores have `curvature` too, of the shape of `score` (`ghost.values`).
+
     Several ranks write into one folder, each its own shards `shard-*-rank*.pt`.
 
     Args:
@@ -114,7 +116,7 @@ class ScoreLog:
 
     def append(
         self, step: int, sample: Tensor, score: Tensor, lr: Tensor, clip: Tensor,
-        columns: Sequence[Column] = ONE_COLUMN, val: Tensor | None = None,
+        columns: Sequence[Column] = ONE_COLUMN, val: Tensor | None = None, curvature: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Add one step's rows; they stay on their device until they are written.
 
@@ -125,19 +127,24 @@ class ScoreLog:
             clip: 0-dim.
             columns: What the K columns are.
             val: `[V]` int64, the validation rows that pairwise columns are about.
+            curvature: `[n, K]`, the second-order term of scores that have one.
         """
         if tuple(columns) != self._columns:
             self.flush()  # a shard's rows have the same columns
         self._columns = tuple(columns)
-        flat = score[:, 0] if len(columns) == 1 else score
+        shape = score.shape[:1] if len(columns) == 1 else score.shape
         row = {
             "step": torch.full_like(sample, step),
             "sample": sample,
-            "score": flat.to(self._dtype),
-            "lr": lr.double().expand(score.shape).reshape(flat.shape),
+            "score": score.reshape(shape).to(self._dtype),
+            "lr": lr.double().expand(score.shape).reshape(shape),
             "clip": clip.double().expand(sample.shape[0]),
         }
-        self._rows.append(row if val is None else row | {"val": val.expand(sample.shape[0], -1)})
+        if curvature is not None:
+            row["curvature"] = curvature.reshape(shape).to(self._dtype)
+        if val is not None:
+            row["val"] = val.expand(sample.shape[0], -1)
+        self._rows.append(row)
 
     def flush(self) -> Path | None:
         """Write what has been added since the last shard; returns its path, or None for nothing."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ghost.batch import Inputs, plain, take_rows
-from ghost.config import GhostConfig
+from ghost.config import GhostConfig, Resolution
 from ghost.engines import LossFn
 from ghost.errors import BatchError, GhostConfigError
 from ghost.loss import LossReduction, count
@@ -26,7 +26,7 @@ class ScoredStep:
     """What a scored step gives.
 
     Attributes:
-        total, by_layer: Scores `[B]` or `[B, C]`.
+        total, by_layer: Scores `[B, C]`, and with `order=2` the curvatures in C more columns.
         grads: Training gradients by the parameter's `id`, without the loss scale.
         forward: The scored forward's loss against the plain one's, without a tolerance.
         scale: The loss scale.
@@ -133,9 +133,13 @@ class TrialStep:
         )  # fmt: skip
         try:
             forward = self._backward(manager)
-            return ScoredStep(
-                manager.scores, manager.scores_by_layer, self._take_grads(scale or 1.0), forward, scale or 1.0
-            )
+            total, by_layer = _columns(manager.scores), manager.scores_by_layer
+            by_layer = {layer: _columns(scores) for layer, scores in by_layer.items()}
+            if self.config.order == 2:
+                total = torch.cat([total, _columns(manager.curvatures)], 1)
+                for layer, curvatures in manager.curvatures_by(Resolution.LAYER).items():
+                    by_layer[layer] = torch.cat([by_layer[layer], _columns(curvatures)], 1)
+            return ScoredStep(total, by_layer, self._take_grads(scale or 1.0), forward, scale or 1.0)
         finally:
             manager.cleanup()
 
@@ -168,6 +172,11 @@ class TrialStep:
                 grads[id(p)] = torch.zeros_like(p) if p.grad is None else p.grad / scale
             p.grad = None
         return grads
+
+
+def _columns(scores: Tensor) -> Tensor:
+    """`[B]` or `[B, C]` as `[B, C]`."""
+    return scores.reshape(len(scores), -1)
 
 
 class _Dtypes(TorchFunctionMode):

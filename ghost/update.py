@@ -71,6 +71,11 @@ class UpdateObserver:
         """The parameter group of each parameter, by `id`."""
         return {id(p): i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
 
+    def rates(self) -> Tensor:
+        """The groups' learning rates as they are now, `[R]` float64."""
+        groups = self._optimizer.param_groups
+        return torch.stack([torch.as_tensor(group["lr"], dtype=torch.float64).cpu() for group in groups])
+
     def _observe(self, *_: Any) -> None:
         if not self._before:
             return
@@ -94,7 +99,4 @@ class UpdateObserver:
             clip = clip / still_scaled.to(clip)
         if overflow is not None:
             clip = torch.where(overflow.to(clip) > 0, torch.zeros_like(clip), clip)
-        lr = [
-            torch.as_tensor(group["lr"], dtype=torch.float64).cpu() for group in self._optimizer.param_groups
-        ]
-        self._seen, self._before = Update(torch.stack(lr), clip), []
+        self._seen, self._before = Update(self.rates(), clip), []

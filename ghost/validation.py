@@ -9,7 +9,8 @@ import functools
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -323,6 +324,34 @@ class JointValidation(Validation):
         return ratio if scale is None else ratio / (scale * scale)
 
 
+def weighted_sums(
+    parts: Iterable[tuple[float | Tensor, Sequence[Tensor | None]]], params: Sequence[Tensor],
+    dtype: torch.dtype, device: torch.device,
+) -> list[Tensor]:  # fmt: skip
+    """Weighted sums of one tensor a parameter, on the given device; None stands for zeros. A part that is all
+    there is stays uncopied: with few validation rows each pass over the model's parameters is felt.
+    """
+    totals: list[Tensor | None] = [None] * len(params)
+    for weight, tensors in parts:
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                wide = tensor.to(dtype)
+                part = (wide if isinstance(weight, float) and weight == 1.0 else wide * weight).to(device)
+                total = totals[i]
+                totals[i] = part if total is None else total + part
+    return [
+        torch.zeros_like(p, dtype=dtype, device=device) if total is None else total
+        for p, total in zip(params, totals, strict=True)
+    ]
+
+
+def stack_columns(columns: Sequence[list[Tensor]]) -> list[Tensor]:
+    """`[C, *shape]` of each parameter from C columns' tensors; of one column a view."""
+    if len(columns) == 1:
+        return [tensor[None] for tensor in columns[0]]
+    return [torch.stack(parts) for parts in zip(*columns, strict=True)]
+
+
 class SeparateValidation(Validation):
     """Plain backwards over all validation rows, every `val_every` steps."""
 
@@ -332,7 +361,8 @@ class SeparateValidation(Validation):
         rule: UpdateRule | None = None,
     ) -> None:  # fmt: skip
         self._model, self._loss_fn, self._every = model, loss_fn or model_loss, config.val_every
-        taps = self._taps(layers, scored, config, state, rule)
+        self._scored, self._rule = scored, rule
+        taps = self._taps(layers, config, state)
         layers = [tap.layer for tap in taps]
         parameter = next(iter(layers[0].params.values()))
         self._dtype = accumulation_dtype(parameter.dtype)
@@ -366,15 +396,14 @@ class SeparateValidation(Validation):
             log.info("val_grad_device='cpu' changes nothing: the model is on the CPU.")
         return torch.device("cpu")
 
-    @staticmethod
-    def _taps(
-        layers: list[Layer], scored: ScoredParts, config: GhostConfig, state: StepState,
-        rule: UpdateRule | None,
-    ) -> list[Tap]:  # fmt: skip
-        if isinstance(rule, AdamRule):
-            return list(slope_taps(TargetSlopeTap, layers, scored, config.algebra, state))
+    def _taps(self, layers: list[Layer], config: GhostConfig, state: StepState) -> list[Tap]:
+        if isinstance(self._rule, AdamRule):
+            return list(slope_taps(TargetSlopeTap, layers, self._scored, config.algebra, state))
+        return [self._tap(layer, config) for layer in layers if self._scored[layer.name]]
+
+    def _tap(self, layer: Layer, config: GhostConfig) -> Tap:
         make = WatchTap if config.bitwise else TargetTap
-        return [make(layer, scored[layer.name], config.algebra) for layer in layers if scored[layer.name]]
+        return make(layer, self._scored[layer.name], config.algebra)
 
     @staticmethod
     def _join(first: tuple[Inputs, Tensor], then: tuple[Inputs, Tensor]) -> tuple[Inputs, Tensor]:
@@ -414,28 +443,31 @@ class SeparateValidation(Validation):
     def val_grad(self) -> dict[str, Tensor]:
         """`∇L_val` of each column by qualified parameter name, `[C, *shape]`, in float32 at least."""
         params = {id(p): p for p in self._names.values()}
-        columns = [self._gradient(params, parts) for parts in self._micro_batches]
-        stacked = {key: torch.stack([column.pop(key) for column in columns]) for key in params}
+        columns = [self._gradient(list(params.values()), parts) for parts in self._micro_batches]
+        stacked = dict(zip(params, stack_columns(columns), strict=True))
         return {name: stacked[id(p)] for name, p in self._names.items()}
 
     def _gradient(
-        self, params: dict[int, nn.Parameter], micro_batches: list[tuple[float, Inputs, Tensor]]
-    ) -> dict[int, Tensor]:
-        """The gradient of one column's loss, by the parameters' `id`."""
-        total = {
-            key: torch.zeros_like(p, dtype=self._dtype, device=self._kept_on) for key, p in params.items()
-        }
+        self, params: list[nn.Parameter], micro_batches: list[tuple[float, Inputs, Tensor]]
+    ) -> list[Tensor]:
+        """The gradient of one column's loss by each of `params`."""
         scale = 1.0 if self._scaler is None else self._scaler.scale(torch.ones((), device=self._device))
-        for weight, X, Y in micro_batches:
-            with torch.random.fork_rng(self._cuda_devices()), torch.enable_grad():
-                loss = self._loss_fn(self._model, plain(X), Y)
-                if self._scaler is not None:  # float16 gradients would underflow as training's would
-                    loss = self._scaler.scale(loss)
-                grads = gradients(loss, self._model, list(params.values()))
-            for key, grad in zip(params, grads, strict=True):
-                if grad is not None:
-                    total[key] += (grad.to(self._dtype) * (weight / scale)).to(self._kept_on)
-        return total
+        parts = ((weight / scale, self._pass_gradients(X, Y, params)) for weight, X, Y in micro_batches)
+        return weighted_sums(parts, params, self._dtype, self._kept_on)
+
+    def _pass_gradients(self, X: Inputs, Y: Tensor, params: list[nn.Parameter]) -> list[Tensor | None]:
+        """The gradient of the rows' loss by each of `params`."""
+        with self._beside_training():
+            loss = self._loss_fn(self._model, plain(X), Y)
+            if self._scaler is not None:  # float16 gradients would underflow as training's would
+                loss = self._scaler.scale(loss)
+            return gradients(loss, self._model, params)
+
+    @contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        """With gradients, and random numbers that training does not notice."""
+        with torch.random.fork_rng(self._cuda_devices()), torch.enable_grad():
+            yield
 
     def _cuda_devices(self) -> list[torch.device]:
         """GPUs whose random state the validation pass draws from."""

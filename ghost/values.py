@@ -2,7 +2,8 @@
 credited to a sample.
 
 With SGD this is first-order In-Run Data Shapley (Wang et al., ICLR 2025, Theorem 3), signed so that positive
-values help.
+values help. Where shards have curvatures, a step's value is of second order,
+`η c · score − (η c)²/2 · curvature` (Theorem 4; `ghost.second_order`).
 """
 
 import logging
@@ -21,21 +22,22 @@ log = logging.getLogger(__name__)
 
 
 def row_values(shard: Mapping[str, Tensor]) -> Tensor:
-    """Each row's value `η_t · c_t · score`, `[n]` float64, summed over the columns of wide scores.
+    """Each row's value `η_t · c_t · score`, less `(η_t · c_t)²/2 · curvature` where there is one, `[n]`
+    float64, summed over the columns of wide scores.
 
     A step that was not taken (`c_t` = 0) gives nothing, also where an overflow made its scores infinite.
     """
-    weighted = shard["score"].double() * shard["lr"].double()
-    summed = weighted.sum(1) if weighted.dim() > 1 else weighted
-    clip = shard["clip"].double()
-    return torch.where(clip == 0, torch.zeros_like(summed), summed * clip)
+    return column_values(shard, shard["score"].shape[1:].numel()).sum(1)
 
 
 def column_values(shard: Mapping[str, Tensor], columns: int) -> Tensor:
     """What each of K `columns` adds to the rows' values, `[n, K]` float64."""
-    clip = shard["clip"].double()[:, None]
-    weighted = (shard["score"].double() * shard["lr"].double()).reshape(len(clip), columns)
-    return torch.where(clip == 0, torch.zeros_like(weighted), weighted * clip)
+    clip = shard["clip"].double()[:, None]  # [n, 1]
+    moved = shard["lr"].double().reshape(len(clip), columns) * clip
+    values = shard["score"].double().reshape(len(clip), columns) * moved
+    if "curvature" in shard:
+        values = values - shard["curvature"].double().reshape(len(clip), columns) * moved.square() / 2
+    return torch.where(clip == 0, torch.zeros_like(values), values)
 
 
 def read_shards(directory: Path) -> Iterator[dict[str, Tensor]]:

@@ -121,8 +121,9 @@ def _both_ways(
     while True:
         found = step.scored(scale)
         uses = plain_uses(
-            step.model, step.loss, step.train, step.weights(), step.columns(), scored, scale or 1.0, eps
-        )
+            step.model, step.loss, step.train, step.weights(), step.columns(), scored, scale or 1.0, eps,
+            step.config.order,
+        )  # fmt: skip
         finite = found.is_finite() and all(use.is_finite() for use in uses.values())
         if finite or scale is None or scale <= 1:
             return found, uses

@@ -245,6 +245,9 @@ class GradDotProdEngine(EngineConfig):
     val_grad_device: ValGradDevice = key(
         "where the validation gradient is kept: on the model's device, or in the CPU's memory (separate)"
     )
+    order: int = key(
+        "1: values of first order; 2: less what samples take from each other, by the Hessian (separate)"
+    )
     bitwise: bool = key("keep training bit-identical to engine=regular (separate)")
     algebra: Algebra = key("how the dots are computed; auto: the cheapest for each layer")
     strict: bool = key("refuse to train where a trainable parameter is not scored")

@@ -157,9 +157,12 @@ class TrainingLoop:
                 )  # fmt: skip
                 losses.append(loss)
         scores = self.manager.scores if self.cfg.engine.name != "regular" else torch.zeros(0)
-        wrong = self._non_finite(torch.stack(losses), scores)
+        credited = scores
+        if self.cfg.engine.name == "graddotprod" and self.cfg.engine.order == 2:
+            credited = scores + self.manager.curvatures  # finite where both are
+        wrong = self._non_finite(torch.stack(losses), credited)
         if wrong and self.cfg.trainer.non_finite == "stop":
-            self._stop_before(step, wrong, suspects(parts, losses, scores), random)
+            self._stop_before(step, wrong, suspects(parts, losses, credited), random)
         lr = self._skip_optimizer_step(step, wrong) if wrong else self._take_optimizer_step(step)
         if self.manager.should_save_metrics(step):
             self.manager.save_metrics(step)

@@ -307,6 +307,7 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
         "val_batch_size": cfg.engine.val_batch_size,
         "val_every": cfg.engine.val_every,
         "val_grad_device": str(cfg.engine.val_grad_device),
+        "order": cfg.engine.order,
         "bitwise": cfg.engine.bitwise,
         "preconditioner": cfg.engine.preconditioner,
         "credit": cfg.engine.credit,

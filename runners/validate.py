@@ -192,6 +192,8 @@ def _graddotprod(cfg: DictConfig) -> None:
         _refuse(
             cfg, "engine.algebra", "needs the validation rows in the same pass: type engine.val_mode=concat"
         )
+    if engine.order != 1:
+        _second_order(cfg)
     if engine.bitwise and engine.algebra == "fused":
         _refuse(
             cfg,
@@ -221,6 +223,8 @@ def _preconditioner(cfg: DictConfig) -> None:
     key, adam = "engine.preconditioner", cfg.optimizer.name in ("adam", "adamw")
     if cfg.engine.preconditioner == "adam" and not adam:
         _refuse(cfg, key, f"is not optimizer={cfg.optimizer.name}'s: type engine.preconditioner=auto")
+    if cfg.engine.order == 2:
+        _refuse(cfg, "engine.order", f"is of an SGD step: type engine.order=1, or {key}=none")
     if cfg.engine.bitwise:
         _refuse(cfg, key, "takes the layers' backward into its own hands: type engine.bitwise=false")
     if cfg.dtype.autocast == "float16":
@@ -231,6 +235,35 @@ def _preconditioner(cfg: DictConfig) -> None:
         _refuse(cfg, "engine.algebra", f"has no effect with {key}={cfg.engine.preconditioner}: type auto")
     if cfg.verify:
         _refuse(cfg, "verify", f"checks plain inner products: type {key}=none")
+
+
+def _second_order(cfg: DictConfig) -> None:
+    engine = cfg.engine
+    if engine.order != 2:
+        _refuse(cfg, "engine.order", "is not an order that values can have: type engine.order=1, or 2")
+    if engine.val_mode != "separate":
+        _refuse(cfg, "engine.order", "needs its own validation pass: type engine.val_mode=separate")
+    if engine.val_every > 1:
+        _refuse(
+            cfg,
+            "engine.val_every",
+            "saves nothing with engine.order=2, which differentiates the validation loss at every step: type "
+            "engine.val_every=1",
+        )
+    if cfg.dtype.autocast == "float16":
+        _refuse(
+            cfg,
+            "dtype.autocast",
+            "is too narrow for the second derivatives of engine.order=2: type dtype=bf16_mixed, or "
+            "engine.order=1",
+        )
+    if cfg.hardware.strategy == "fsdp":
+        _refuse(
+            cfg,
+            "hardware.strategy",
+            "splits the gradient that engine.order=2 needs whole: type hardware.strategy=ddp, or "
+            "engine.order=1",
+        )
 
 
 def _regular(cfg: DictConfig) -> None:
@@ -342,6 +375,7 @@ def _eval_only(cfg: DictConfig) -> None:
         "trainer.compile": False,
         "trainer.save_model": False,
         "trainer.activation_checkpointing": False,
+        "engine.order": 1,
         "engine.bitwise": False,
         "layers.include": ["*"],
         "layers.exclude": [],

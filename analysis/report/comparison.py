@@ -123,9 +123,9 @@ def _in_all(counts: Sequence[int], runs: int) -> str:
 def _meaning() -> Section:
     text = (
         "Within a run, a sample's value is the fall in validation loss that it is credited with, in nats, to "
-        "first order; positive values help. Here it is the mean over the runs that scored the sample. Runs "
-        "with larger learning rates or more steps have larger values, so orders (ranks) compare better than "
-        "values do."
+        "first order, or with engine.order=2 to second; positive values help. Here it is the mean over the "
+        "runs that scored the sample. Runs with larger learning rates or more steps have larger values, so "
+        "orders (ranks) compare better than values do."
     )
     return Section("What the numbers mean", [Text(text)])
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from analysis.errors import AnalysisError
-from analysis.runs import ENVIRONMENT_FILE, Run
+from analysis.runs import ENVIRONMENT_FILE, Run, is_second_order
 
 
 class Kind(StrEnum):
@@ -136,7 +136,8 @@ def _data(config: Mapping[str, Any]) -> str | None:
 def _engine(config: Mapping[str, Any]) -> str | None:
     name = setting(config, "engine.name")
     mode = setting(config, "engine.val_mode")
-    return f"{name}, val_mode={mode}" if name == "graddotprod" and mode else name
+    order = ", order=2" if is_second_order(config) else ""
+    return f"{name}, val_mode={mode}{order}" if name == "graddotprod" and mode else name
 
 
 def _batch(config: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from analysis.report.numbers import percent, signed
 from analysis.report.page import Block, Command, Facts, Points, Section, Text
 from analysis.report.training import finite, scored_shares
 from analysis.report.values import ranked_values
-from analysis.runs import Run, has_sets, optimizer_name, score_note
+from analysis.runs import Run, has_sets, is_second_order, optimizer_name, score_note
 
 _VERSION = "version."
 
@@ -35,16 +35,25 @@ NOT_QUALITY = (
 
 def meaning_section(run: Run) -> Section:
     """What a value is."""
+    less = (
+        ", less half the square of rate and coefficient times the inner product of its gradient with the "
+        "Hessian of the validation loss times the whole step's gradient"
+    )
     blocks: list[Block] = [
         Text(
             "At every step, each sample of the batch is credited with the learning rate, times the clipping "
-            "coefficient, times the inner product of its gradient with that of the validation loss. The sum "
-            "over the steps is its value: the fall in validation loss, in nats, that the sample is credited "
-            "with, to first order. Positive values help, negative ones harm."
+            "coefficient, times the inner product of its gradient with that of the validation loss"
+            f"{less if is_second_order(run.config) else ''}. The sum over the steps is its value: the fall "
+            f"in validation loss, in nats, that the sample is credited with, to {_order(run)} order. "
+            "Positive values help, negative ones harm."
         ),
         Text(f"Of this run: {score_note(run.config)}."),
     ]
     return Section("What the numbers mean", blocks)
+
+
+def _order(run: Run) -> str:
+    return "second" if is_second_order(run.config) else "first"
 
 
 def limits_section(run: Run) -> Section:
@@ -94,8 +103,8 @@ def _credited(run: Run) -> list[str]:
     return [
         f"All values add up to {signed(total)} nats, while the fall in validation loss, the mean over all "
         f"validation samples, was {signed(fall)} nats. {sets if has_sets(run.config) else ''}Credit is of "
-        "first order, and against the validation rows of each step. Compare values with each other, not with "
-        "the loss."
+        f"{_order(run)} order, and against the validation rows of each step. Compare values with each other, "
+        "not with the loss."
     ]
 
 

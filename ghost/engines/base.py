@@ -118,6 +118,19 @@ class Engine(ABC):
     def abandon(self) -> None:
         """Forget a micro-batch whose forward or backward failed."""
 
+    def finish(self, rates: Mapping[int, float]) -> list[LayerScores]:
+        """After the step's last micro-batch, when `.grad` is the step's whole training gradient.
+
+        Args:
+            rates: Learning rates of the parameters that the optimizer has, by `id`.
+
+        Returns:
+            The curvatures `⟨g_i, H Σ_j g_j⟩` of each micro-batch's samples, laid out as `collect`'s scores;
+            nothing from an engine that is of first order.
+        """
+        del rates
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on elsewhere must know between two steps: plain values and tensors."""
         return {}

@@ -18,9 +18,11 @@ from ghost.errors import GhostConfigError, ProtocolError, UnsupportedModelError
 from ghost.gradients import Algebra
 from ghost.heads import attention_heads
 from ghost.instrument import Instrument
+from ghost.kept import Kept
 from ghost.layers import Layer
 from ghost.moments import Moments
 from ghost.preconditioner import AdamRule, Preconditioner, UpdateRule, update_rule
+from ghost.second_order import SecondOrderValidation
 from ghost.selection import family
 from ghost.step import Parts, Probes
 from ghost.update import Update
@@ -71,13 +73,8 @@ class GradDotProdEngine(TappedEngine):
             for key, parts in self.scored[layer.name].items()
         }
         self._rule = self._update_rule(optimizer)
-        self.validation: Validation = (
-            JointValidation(model, self.state, self.layers, self.scored, config, val_data, self._rule)
-            if config.val_mode is ValMode.CONCAT
-            else SeparateValidation(
-                model, self.state, self.layers, self.scored, config, val_data, loss_fn, scaler, self._rule
-            )
-        )
+        self._kept = Kept()
+        self.validation = self._validation(val_data, loss_fn)
         self._moments = self._read_moments()
         self._share: float | Tensor = 1.0
         ranks.refuse_different(self.validation.digest(), "val_data")
@@ -113,6 +110,14 @@ class GradDotProdEngine(TappedEngine):
         names = {tap.layer.qualified(key): tap.layer.params[key] for tap in taps for key in tap.scored}
         return Moments(self._rule, names, self.config.gradient_accumulation_steps)
 
+    def _validation(self, val_data: ValData | None, loss_fn: LossFn | None) -> Validation:
+        what = self.model, self.state, self.layers, self.scored, self.config, val_data
+        if self.config.val_mode is ValMode.CONCAT:
+            return JointValidation(*what, self._rule)
+        if self.config.order == 2:
+            return SecondOrderValidation(*what, loss_fn, self.scaler, self._kept)
+        return SeparateValidation(*what, loss_fn, self.scaler, self._rule)
+
     @property
     def instrument(self) -> Instrument:
         return self.validation.instrument
@@ -137,6 +142,9 @@ class GradDotProdEngine(TappedEngine):
         self._share = share
         self.validation.begin(Y, first)
         self._open(X, rows, self.validation.sizes)
+        if first:
+            self._kept.clear()
+        self._kept.open(self.state.probes)
         if self._moments is not None:
             self.state.moments = self._moments.begin(first)
 
@@ -198,8 +206,19 @@ class GradDotProdEngine(TappedEngine):
                 scores[key] = torch.stack(found).sum(0) * factor if found else probe.detach()
                 if self._rule is not None:
                     scores[key] = scores[key] * self._rule.factor(self._layers[key[0]].params[key[1]])
-        self.abandon()
+        self.state.close()
         return scores
+
+    def finish(self, rates: Mapping[int, float]) -> list[LayerScores]:
+        if not isinstance(self.validation, SecondOrderValidation):
+            return []
+        factor = self.validation.score_factor(1.0, self.ranks.world_size, None)
+        curvatures = self._kept.scores(self.validation.hessian_product(rates))
+        return [{key: found * factor for key, found in part.items()} for part in curvatures]
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._kept.clear()
 
 
 def scored_parts(model: nn.Module, layers: list[Layer], config: GhostConfig) -> ScoredParts:

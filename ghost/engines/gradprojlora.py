@@ -272,8 +272,8 @@ def _refuse_scoring_settings(config: GhostConfig) -> None:
     """Raise `GhostConfigError` for a setting that means something to scores alone."""
     usual = {f.name: f.default for f in fields(GhostConfig)}
     for name in (
-        *("val_mode", "val_every", "val_grad_device", "bitwise", "pairwise", "resolution", "algebra"),
-        "storage_dtype",
+        *("val_mode", "val_every", "val_grad_device", "order", "bitwise", "preconditioner", "credit"),
+        *("pairwise", "resolution", "algebra", "storage_dtype"),
     ):
         value = getattr(config, name)
         if value != usual[name]:

@@ -129,8 +129,11 @@ class Unsafe:
         [1, 2],
         {"step": torch.zeros(2)},
         {name: torch.zeros(3 if name == "lr" else 2) for name in ("step", "sample", "score", "lr", "clip")},
+        {name: torch.zeros(2) for name in ("step", "sample", "score", "lr", "clip")} | {"curvature": 0.5},
+        {name: torch.zeros(2) for name in ("step", "sample", "score", "lr", "clip")}
+        | {"curvature": torch.zeros(2, 2)},
     ],
-    ids=["truncated", "empty", "text", "unsafe", "list", "columns", "lengths"],
+    ids=["truncated", "empty", "text", "unsafe", "list", "columns", "lengths", "number", "widths"],
 )
 def test_damaged_shards_are_named(make_run: MakeRun, content: object) -> None:
     path = make_run()
@@ -167,6 +170,12 @@ def test_errors_are_one_line(make_run: MakeRun, caplog: pytest.LogCaptureFixture
 )
 def test_score_note_says_what_the_values_are(optimizer: dict, words: str) -> None:
     assert words in score_note({"optimizer": optimizer})
+
+
+def test_score_note_says_the_order() -> None:
+    config = {"optimizer": {"name": "sgd"}, "engine": {"order": 2}}
+    assert score_note(config).startswith("second-order In-Run Data Shapley")
+    assert "second-order SGD proxy" in score_note(config | {"optimizer": {"name": "adamw"}})
 
 
 def test_values_against_several_sets_are_of_their_sum() -> None:

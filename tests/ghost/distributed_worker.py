@@ -206,6 +206,29 @@ def check_compiled() -> None:
             check(Case(mode, wrap))
 
 
+def check_second_order() -> None:
+    """Curvatures are against the whole batch's gradient, which every rank has after the backward."""
+    torch.manual_seed(2)
+    V = tokens(2, LENGTH)
+    modes: list[dict[str, Any]] = [{}, {"bitwise": True}, {"val_batch_size": 1}]
+    for mode in modes:
+        case = Case({"val_mode": "separate", "order": 2, **mode}, ddp, k=2, last_rows=1)
+        alone, inner = case.model(), case.model()
+        parts = batches(case, distributed.get_world_size())
+        X, Y, _ = (torch.cat([part[i] for part in parts]) for i in range(3))
+        expected = reference.curvatures(alone, causal_loss, (X, Y), (V, V), CAUSAL)
+        model = ddp(inner)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = {**case.mode, "loss_reduction": CAUSAL}
+        manager = GhostEngineManager(config, model, optimizer, val_data=(V, V), loss_fn=causal_loss)
+        for t in range(2):
+            optimizer.zero_grad()
+            run_step(case, model, manager, t)
+            mine = torch.cat([part[2] for part in parts[distributed.get_rank() :: len(parts) // case.k]])
+            assert_near(manager.curvatures, expected[mine])
+        manager.cleanup()
+
+
 def check_protocol() -> None:
     """GhostSuite's loop, which divides losses by their number and knows no shares: ranks count alike."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -336,8 +359,13 @@ def check_refusals() -> None:
     ):
         step.backward(causal_loss(plain, step.X, step.Y))
     manager.cleanup()
+    second = {"val_mode": "separate", "order": 2}
+    with pytest.raises(GhostConfigError, match="does not say when a loop averages"):
+        GhostEngineManager(second, plain, optimizer, {"ddp": True}, (V, V), causal_loss)
     sharded = fsdp(case.model())
     optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    with pytest.raises(GhostConfigError, match=r"fully_shard \(FSDP2\) does not give"):
+        GhostEngineManager(second, sharded, optimizer, val_data=(V, V), loss_fn=causal_loss)
     manager = GhostEngineManager(MODES["separate"], sharded, optimizer, val_data=(V, V), loss_fn=causal_loss)
     sharded.set_requires_gradient_sync(False)
     with pytest.raises(ProtocolError, match="set_requires_gradient_sync"):
@@ -379,6 +407,7 @@ SUITES: dict[str, Callable[[], None]] = {
     "coverage and state": check_coverage_and_state,
     "refusals": check_refusals,
     "protocol": check_protocol,
+    "second order": check_second_order,
     "compiled": check_compiled,
 }
 

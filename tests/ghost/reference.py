@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ghost.batch import Inputs, row_count, take_rows
 from ghost.loss import LossReduction, count
@@ -59,6 +60,23 @@ def scores_by_parameter(
     val_grad = gradient(model, loss_fn(model, *val))
     grads = sample_gradients(model, loss_fn, *train, reduction)
     return {k: torch.stack([dot({k: val_grad[k]}, {k: g[k]}) for g in grads]) for k in val_grad}
+
+
+def hessian_product(model: nn.Module, loss_fn: LossFn, rows: Rows, vector: Gradient) -> Gradient:
+    """The Hessian of the rows' loss times `vector`, by autograd's double backward."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        loss = loss_fn(model, *rows)
+        grads = torch.autograd.grad(loss, list(named.values()), create_graph=True)
+        along = [vector[name] for name in named]
+        products = torch.autograd.grad(grads, list(named.values()), along, materialize_grads=True)
+    return dict(zip(named, products, strict=True))
+
+
+def curvatures(model: nn.Module, loss_fn: LossFn, train: Rows, val: Rows, reduction: LossReduction) -> Tensor:
+    """`⟨g_i, H_val Σ_j g_j⟩` for every training sample."""
+    product = hessian_product(model, loss_fn, val, gradient(model, loss_fn(model, *train)))
+    return torch.stack([dot(product, g) for g in sample_gradients(model, loss_fn, *train, reduction)])
 
 
 # --- losses, as functions of model, inputs and labels -------------------------------------------------------

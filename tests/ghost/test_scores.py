@@ -36,6 +36,19 @@ def test_rows_come_back(tmp_path: Path) -> None:
     assert {shard[key].dtype for key in ("lr", "clip")} == {torch.float64}
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_curvatures_are_shaped_as_scores(width: int, tmp_path: Path) -> None:
+    log, score = ScoreLog(tmp_path, torch.bfloat16), torch.randn(3, width)
+    columns = [Column("total", group, "") for group in range(width)]
+    lr, sample = torch.ones(width, dtype=torch.float64), torch.arange(3)
+    log.append(0, sample, score, lr, CLIP, columns, curvature=2 * score)
+    path = log.flush()
+    assert path is not None
+    shard = torch.load(path, weights_only=True)
+    assert shard["curvature"].shape == shard["score"].shape
+    assert torch.equal(shard["curvature"], 2 * shard["score"])
+
+
 def test_nothing_added_writes_nothing(tmp_path: Path) -> None:
     log = ScoreLog(tmp_path)
     assert log.flush() is None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ghost.scores import Column, ScoreLog, save_atomically
-from ghost.values import accumulate, accumulate_columns, read_shards, row_values
+from ghost.values import accumulate, accumulate_columns, column_values, read_shards, row_values
 
 
 def shard(sample: list[int], score: list[float], lr: float = 0.1, clip: float = 1.0) -> dict[str, Tensor]:
@@ -22,6 +22,24 @@ def shard(sample: list[int], score: list[float], lr: float = 0.1, clip: float = 
         "lr": torch.full((n,), lr, dtype=torch.float64),
         "clip": torch.full((n,), clip, dtype=torch.float64),
     }
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_curvature_takes_off_half_the_square(wide: bool) -> None:
+    rows = shard([0, 1], [2.0, -4.0], lr=0.1, clip=0.5)
+    rows["curvature"] = torch.tensor([8.0, 16.0])
+    expected = [2.0 * 0.05 - 8.0 * 0.05**2 / 2, -4.0 * 0.05 - 16.0 * 0.05**2 / 2]
+    if wide:  # two columns, each with half of both terms
+        halves = {name: rows[name][:, None].expand(-1, 2) / 2 for name in ("score", "curvature")}
+        rows |= halves | {"lr": rows["lr"][:, None].expand(-1, 2)}
+    assert row_values(rows).tolist() == pytest.approx(expected)
+    assert column_values(rows, 1 + wide).sum(1).tolist() == pytest.approx(expected)
+
+
+def test_an_infinite_curvature_of_a_step_not_taken_is_nothing() -> None:
+    rows = shard([0], [2.0], lr=0.1, clip=0.0)
+    rows["curvature"] = torch.tensor([float("inf")])
+    assert row_values(rows).tolist() == [0.0]
 
 
 def test_row_values() -> None:

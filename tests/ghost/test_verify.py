@@ -24,6 +24,7 @@ from ghost.batch import Inputs
 from ghost.gradients import Materialised, OuterProducts, SampleGradients
 from ghost.layers import base
 from ghost.plain import leaves_with, plain_uses, trainable_uses
+from ghost.second_order import SecondOrderValidation
 from ghost.verification import Deviation, score_deviation
 from tests.ghost import reference
 from tests.ghost.harness import MODES, assert_near, scored_step
@@ -60,6 +61,24 @@ def test_a_right_model_passes(mode: dict[str, Any], tied: bool, steps: int) -> N
     assert all(layer.gradient.relative < 1e-10 for layer in found.layers)
     if mode.get("bitwise") and steps == 1:
         assert {layer.gradient.error for layer in found.layers} == {0.0}
+
+
+@pytest.mark.parametrize("settings", [{}, {"bitwise": True}, {"pairwise": True}, {"val_batch_size": 2}])
+def test_second_order_is_checked_too(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, X, V = tiny_gpt2(), tokens(7, 9), tokens(5, 9)
+    config = {"val_mode": "separate", "order": 2, "gradient_accumulation_steps": 2} | CAUSAL | settings
+    found = ghost.verify(model, config, (X, X), (V, V), causal_loss)
+    assert found.passed, str(found)
+    assert found.total.relative < 1e-10
+    right = SecondOrderValidation.hessian_product
+
+    def wrong(self: SecondOrderValidation, rates: Any) -> dict[str, Tensor]:
+        return {name: product * (1 + 1e-6) for name, product in right(self, rates).items()}
+
+    monkeypatch.setattr(SecondOrderValidation, "hessian_product", wrong)
+    found = ghost.verify(model, config, (X, X), (V, V), causal_loss)
+    assert len(found.failed) == len(found.layers)
+    assert not found.total.passed
 
 
 @each_mode

@@ -187,6 +187,20 @@ REFUSED = {
     "engine.val_grad_device=cpu": ["engine.val_grad_device=cpu", "engine.val_mode=separate"],
     "engine.val_mode=separate engine.bitwise=true engine.algebra=fused": ["engine.algebra=fused", "=auto"],
     "engine.val_mode=separate engine.algebra=token_token": ["engine.algebra=token_token", "=concat"],
+    "engine.order=2": ["engine.order=2", "type engine.val_mode=separate"],
+    "engine.order=3 engine.val_mode=separate": ["engine.order=3", "type engine.order=1, or 2"],
+    "engine.order=2 engine.val_mode=separate engine.val_every=3": [
+        "engine.val_every=3",
+        "engine.val_every=1",
+    ],
+    "engine.order=2 engine.val_mode=separate dtype=fp16_mixed": [
+        "dtype.autocast=float16",
+        "dtype=bf16_mixed",
+    ],
+    "engine.order=2 engine.val_mode=separate hardware.strategy=fsdp hardware.processes=2": [
+        "hardware.strategy=fsdp",
+        "type hardware.strategy=ddp",
+    ],
     "engine.val_batch_size=31": ["engine.val_batch_size=31", "data.val_samples=30"],
     "engine=regular layers=attn": ["layers.families=[attn]", "layers=all"],
     "engine=regular preview=true": ["preview=true", "preview=false"],
@@ -271,6 +285,7 @@ ALLOWED = [
     "trainer.eval_only=true engine=regular",
     "experiment=planted engine=regular engine.bitwise=true",
     "engine.val_mode=separate engine.val_every=4 engine.bitwise=true",
+    "engine.val_mode=separate engine.order=2 engine.bitwise=true engine.pairwise=true",
     "trainer.lr_schedule=constant trainer.warmup_steps=4",
     "optimizer=sgd optimizer.momentum=0.9 optimizer.nesterov=true",
     "model.config.n_positions=2048 data.seq_len=2048",

@@ -17,6 +17,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from analysis.aggregate.command import aggregate_runs
+from analysis.runs import load_run
 from conf.command import FAILED, MISTAKE
 from ghost.batch import take_rows
 from runners import train
@@ -25,6 +27,7 @@ from runners.data.digits import DigitSet
 from runners.data.loader import collate
 from runners.losses import build_task
 from runners.models import build_model
+from tests.ghost.reference import curvatures as reference_curvatures
 from tests.ghost.reference import scores as reference_scores
 from tests.runners.conftest import Line
 
@@ -365,6 +368,45 @@ def test_logged_scores_are_those_of_plain_autograd_for_the_logged_samples(run: R
         with torch.no_grad():
             for p, g in zip(model.parameters(), grads, strict=True):
                 p -= cfg.optimizer.lr * g
+
+
+def test_second_order_values_are_those_of_plain_autograd(run: Run) -> None:
+    """Each step is replayed as above, with an accumulated step and a clipped one; the tables over runs and
+    the run's own have the same values.
+    """
+    folder = run(
+        *TOKENS, "dtype=fp64", "optimizer=sgd", "optimizer.lr=0.5", "engine.val_mode=separate",
+        "engine.order=2", "trainer.gradient_accumulation_steps=2", "trainer.clip_grad_norm=0.8",
+    )  # fmt: skip
+    cfg, rows = saved_config(folder), shards(folder)
+    data, task = build_data(cfg.data), build_task(cfg, torch.device("cpu"))
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg.model, data.vocab_size, None, None).double()
+    val = collate([data.val[i] for i in range(6)], data.val.layout)
+    held_out = val.inputs, val.labels
+    expected: dict[str, float] = {}
+    clips = []
+    for step in range(cfg.trainer.max_steps):
+        here = rows["sample"][rows["step"] == step].tolist()
+        batch = collate([data.train[i] for i in here], data.train.layout)
+        train_rows = batch.inputs, batch.labels
+        what = model, task.mean, train_rows, held_out, task.reduction
+        scores, curvatures = reference_scores(*what), reference_curvatures(*what)
+        torch.testing.assert_close(rows["curvature"][rows["step"] == step], curvatures, rtol=1e-9, atol=1e-15)
+        model.zero_grad()
+        task.mean(model, *train_rows).backward()
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.8))
+        moved = 0.5 * min(1.0, 0.8 / (norm + 1e-6))  # torch adds 1e-6
+        clips.append(norm > 0.8)
+        for i, value in zip(here, scores * moved - curvatures * moved**2 / 2, strict=True):
+            sample_id = data.train.sample_ids[i]
+            expected[sample_id] = expected.get(sample_id, 0.0) + float(value)
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+    assert any(clips)
+    assert values(folder) == pytest.approx(expected, rel=1e-7)
+    (table,) = aggregate_runs([load_run(folder)], steps=None, points=10)["values"]
+    over_runs = dict(zip(table["sample_id"].to_pylist(), table["value"].to_pylist(), strict=True))
+    assert over_runs == pytest.approx(expected, rel=1e-7)
 
 
 def test_the_seed_decides_everything(run: Run, models: list[nn.Module]) -> None:

@@ -26,6 +26,7 @@ KINDS = {
         "debug=smoke", "hardware.threads=1", "trainer.max_steps=6", "trainer.checkpoint_every=2",
         "model.config.resid_pdrop=0.3", "model.config.embd_pdrop=0.3",
     ],
+    "second order": [*DIGITS, "optimizer=sgd", "engine.val_mode=separate", "engine.order=2"],
     "regular, workers": [*DIGITS, "engine=regular", "data.num_workers=1"],
     "float16": [*DIGITS, "dtype=fp16_mixed"],
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from ghost.attention import HeadLayout, register_attention
 from ghost.batch import Items
+from ghost.choice import Algebra
 from ghost.config import GhostConfig, Resolution, ValMode
 from ghost.engines import GradDotProdEngine, GradProjLoRAEngine, RegularEngine, register_engine
 from ghost.errors import (
@@ -12,7 +13,6 @@ from ghost.errors import (
     StoreError,
     UnsupportedModelError,
 )
-from ghost.gradients import Algebra
 from ghost.layers import LayerRule, register_layer
 from ghost.loss import LossReduction
 from ghost.manager import GhostEngineManager

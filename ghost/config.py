@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ghost.algebra import CHUNK_MB
+from ghost.choice import Algebra
 from ghost.errors import GhostConfigError, shown
-from ghost.gradients import Algebra
 from ghost.loss import LossReduction
 from ghost.preconditioner import Credit, Preconditioner
 from ghost.projection import ProjectionKind
@@ -88,6 +89,7 @@ class GhostConfig:
         resolution: What the score shards tell apart: nothing, layers, families, or attention heads.
         strict: Refuse a selection that leaves a trainable parameter unscored.
         algebra: How per-sample inner products of matrices are computed.
+        chunk_mb: MiB that they hold at once, beyond their results and one validation gradient.
         selection: Which layers are scored.
         score_dtype: dtype in which scores are summed over layers; None for the model's own, but float32 at
             least.
@@ -124,6 +126,7 @@ class GhostConfig:
     resolution: Resolution = Resolution.TOTAL
     strict: bool = False
     algebra: Algebra = Algebra.AUTO
+    chunk_mb: int = CHUNK_MB
     selection: Selection = field(default_factory=Selection)
     score_dtype: torch.dtype | None = None
     storage_dtype: torch.dtype | None = None
@@ -202,7 +205,7 @@ class GhostConfig:
 
     def _check_types(self) -> None:
         for name in (
-            *("val_batch_size", "val_every", "gradient_accumulation_steps", "save_interval"),
+            *("val_batch_size", "val_every", "gradient_accumulation_steps", "save_interval", "chunk_mb"),
             *("proj_rank_total", "proj_rank_min", "proj_save_interval"),
         ):
             value = getattr(self, name)

@@ -21,31 +21,25 @@ activations).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from ghost import algebra
-
-
-class Algebra(Enum):
-    """How a matrix's per-sample inner products are computed; `AUTO` picks the cheapest for the shapes of the
-    batch.
-    """
-
-    AUTO = "auto"
-    TOKEN_TOKEN = "token_token"
-    TARGET = "target"
-    FUSED = "fused"
+from ghost import algebra, choice
+from ghost.choice import Algebra, Plan
 
 
 def cut(tensor: Tensor, axis: int, index: Sequence[slice]) -> Tensor:
     """The slices `index` of an axis, one behind the other; of a single slice a view."""
     pieces = [tensor.narrow(axis, piece.start, piece.stop - piece.start) for piece in index]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+
+
+def vectors(values: Tensor) -> Tensor:
+    """`[b, *shape]` as `[b, numel]`."""
+    return values.flatten(1) if values.dim() > 1 else values[:, None]
 
 
 def applied(values: Tensor, projection: Tensor | None) -> Tensor:
@@ -98,6 +92,11 @@ class SampleGradients(ABC):
         """The samples' gradients at some rows of the parameter, `[b, r, n]`; n are all its other axes as
         one.
         """
+
+    def under(self, plan: Plan) -> Self:
+        """The same gradients, their inner products taken as planned."""
+        del plan  # only matrices have a choice
+        return self
 
     def split(self, rows: int) -> tuple[Self, Self]:
         """The first `rows` samples (training) and the others (validation)."""
@@ -159,8 +158,22 @@ class Materialised(SampleGradients):
         return values[:, rows].flatten(2) if values.dim() > 2 else values[:, rows, None]
 
     def dot(self, target: Tensor) -> Tensor:
-        dtype = algebra.accumulation_dtype(self.values.dtype)
-        return self.values.reshape(self.rows, target.numel()).to(dtype) @ target.flatten().to(dtype)
+        values = self._wide()
+        return values @ target.flatten().to(values.dtype)
+
+    def dots(self, targets: Tensor) -> Tensor:
+        values = self._wide()
+        return values @ vectors(targets).to(values.dtype).T
+
+    def scores(self, val: Self, sizes: Sequence[int], how: Algebra = Algebra.AUTO) -> Tensor:
+        del how
+        if len(sizes) == 1:
+            return self.dots(val.values.sum(0, keepdim=True))
+        return self.dots(torch.stack([part.sum(0) for part in val.values.split(list(sizes))]))
+
+    def _wide(self) -> Tensor:
+        """`[b, numel]`, in float32 at least."""
+        return vectors(self.values).to(algebra.accumulation_dtype(self.values.dtype))
 
     def project(self, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None) -> Tensor:
         values = self.values.reshape(self.rows, *shape)  # [b, m, n]
@@ -177,26 +190,36 @@ class OuterProducts(SampleGradients):
         right: `[b, T, n]`, for `nn.Linear` the input.
         shape: The parameter's shape where it is not `[m, n]` itself, as for a convolution's kernel `[m, c, k,
             k]`.
+        plan: How the inner products are taken.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, shape: torch.Size | None = None) -> None:
-        self.left, self.right = left, right  # [b, T, m], [b, T, n]
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        shape: torch.Size | None = None,
+        plan: Plan = Plan(),  # noqa: B008
+    ) -> None:
+        self.left, self.right, self.plan = left, right, plan  # [b, T, m], [b, T, n]
         self.shape = shape or torch.Size((left.shape[2], right.shape[2]))
 
     @property
     def rows(self) -> int:
         return self.left.shape[0]
 
+    def under(self, plan: Plan) -> Self:
+        return type(self)(self.left, self.right, self.shape, plan)
+
     def samples(self, lo: int, hi: int) -> Self:
-        return type(self)(self.left[lo:hi], self.right[lo:hi], self.shape)
+        return type(self)(self.left[lo:hi], self.right[lo:hi], self.shape, self.plan)
 
     def take(self, axis: int, index: Sequence[slice]) -> Self:
         if axis == 0:
-            return type(self)(cut(self.left, 2, index), self.right)
-        return type(self)(self.left, cut(self.right, 2, index))
+            return type(self)(cut(self.left, 2, index), self.right, plan=self.plan)
+        return type(self)(self.left, cut(self.right, 2, index), plan=self.plan)
 
     def sum(self) -> Tensor:
-        return (self.left.flatten(0, 1).T @ self.right.flatten(0, 1)).view(self.shape)
+        return algebra.summed(self.left, self.right).view(self.shape)
 
     @property
     def example(self) -> Tensor:
@@ -206,48 +229,25 @@ class OuterProducts(SampleGradients):
         return torch.bmm(self.left[:, :, rows].transpose(1, 2), self.right)
 
     def dot(self, target: Tensor) -> Tensor:
-        target = target.flatten(1).to(self.left.dtype)
-        m, n = target.shape
-        if m >= n:  # contract over the longer side, so that the intermediate is the shorter one
-            return algebra.row_dots(self.left @ target, self.right)
-        return algebra.row_dots(self.right @ target.T, self.left)
+        return choice.dot(self.left, self.right, target.flatten(1), self.plan)
 
     def project(self, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None) -> Tensor:
         del shape  # the factors' own
         return applied(self.left, rows).transpose(1, 2) @ applied(self.right, columns)
 
     def scores(self, val: Self, sizes: Sequence[int], how: Algebra = Algebra.AUTO) -> Tensor:
-        choice = self._cheapest(val, len(sizes), (Algebra.TOKEN_TOKEN, Algebra.TARGET), how)
-        if choice is Algebra.TOKEN_TOKEN:
-            return algebra.token_token(self.left, self.right, val.left, val.right, sizes)
-        return super().scores(val, sizes)
+        return choice.scores(*self._with(val), list(sizes), how.value, self.plan)
 
     def sum_and_dots(self, targets: Tensor, how: Algebra) -> tuple[Tensor, Tensor]:
-        choice = self._cheapest(None, len(targets), (Algebra.TARGET, Algebra.FUSED), how)
-        if choice is Algebra.FUSED:
-            total, dots = algebra.fused_sum_and_dots(self.left, self.right, targets.flatten(2))
-            return total.view(self.shape), dots
-        return self.sum(), self.dots(targets)
+        total, dots = choice.sum_and_dots(self.left, self.right, targets.flatten(2), how.value, self.plan)
+        return total.view(self.shape), dots
 
     def sum_and_scores(self, val: Self, sizes: Sequence[int], how: Algebra) -> tuple[Tensor, Tensor]:
-        choice = self._cheapest(val, len(sizes), tuple(Algebra), how)
-        if choice is Algebra.FUSED:
-            sides = self.left, self.right, val.left, val.right
-            total, dots = algebra.fused_sum_and_scores(*sides, list(sizes))
-            return total.view(self.shape), dots
-        return self.sum(), self.scores(val, sizes, choice)
+        total, dots = choice.sum_and_scores(*self._with(val), list(sizes), how.value, self.plan)
+        return total.view(self.shape), dots
 
-    def _cheapest(self, val: Self | None, columns: int, choices: Sequence[Algebra], how: Algebra) -> Algebra:
-        """`how` where it is a choice, else the cheapest of them; without `val` the targets are matrices."""
-        if how in choices and how is not Algebra.AUTO:
-            return how
-        b, tokens, m = self.left.shape
-        costs = algebra.costs(
-            b, tokens, 0 if val is None else val.rows * val.left.shape[1], m, self.right.shape[2], columns,
-            self.left.device.type,
-        )  # fmt: skip
-        names = [choice.value for choice in choices if choice.value in costs]
-        return Algebra(min(names, key=costs.__getitem__))
+    def _with(self, val: Self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.left, self.right, val.left, val.right
 
 
 class RowGathers(SampleGradients):

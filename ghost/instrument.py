@@ -243,7 +243,7 @@ class Instrument:
         """The layer's output with one leading entry per row; what is broadcast over the batch is repeated."""
         assert isinstance(layer.rule, LayerRule)
         if self.detach_params:
-            params = {key: p.detach() for key, p in layer.module.named_parameters(recurse=False)}
+            params = {key: p.detach() for key, p in layer.module._parameters.items() if p is not None}
             output = layer.rule.forward(layer.module, params, x)
         else:
             output = original(x)
@@ -317,7 +317,7 @@ class Instrument:
                 "val_mode='separate'."
             )
         return TiedHeadFunction.apply(
-            tap.how, state.rows, self._run_untapped(head, original, x, state.rows), x.detach(), ids,
+            tap, state.rows, self._run_untapped(head, original, x, state.rows), x.detach(), ids,
             self._live(head)["weight"], state.probes[head.name, "weight"], *slots,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghost.batch import Inputs, row_count, sample_indices
+from ghost.choice import Choices
 from ghost.config import GhostConfig, Resolution, convert
 from ghost.distributed import ALONE, ddp_wrapper, ranks_of
 from ghost.engines import Engine, LayerScores, LossFn, engine_class
@@ -46,6 +47,8 @@ class _Step:
 
 def _together(micro_batches: Sequence[LayerScores]) -> LayerScores:
     """Scores `[K, B, C]` of all micro-batches by layer and parameter name."""
+    if len(micro_batches) == 1:
+        return micro_batches[0]
     return {key: torch.cat([part[key] for part in micro_batches], dim=1) for key in micro_batches[0]}
 
 
@@ -319,8 +322,15 @@ class GhostEngineManager:
         return self._total(self._curvatures_by_parameter())
 
     def _total(self, by_parameter: LayerScores) -> Tensor:
-        parts = [part.sum(0) for part in by_parameter.values()]
-        return self._plain(torch.stack(parts).sum(0)) if parts else torch.zeros(0)
+        parts = list(by_parameter.values())
+        return self._plain(torch.cat(parts).sum(0)) if parts else torch.zeros(0)
+
+    @property
+    def algebra(self) -> Choices:
+        """Which algebra the latest backward took for each matrix, by qualified parameter name in `found`; as
+        text, in one line.
+        """
+        return self.engine.choices
 
     @property
     def scores_by_layer(self) -> dict[str, Tensor]:

@@ -31,9 +31,14 @@ class RowOrder:
     def is_flattened(self, layer: Layer, x: Tensor, unit: Unit) -> bool:
         """Whether the layer's input has rows and positions in one axis."""
         assert isinstance(layer.rule, LayerRule)
-        positions = self._state.tokens or 0
-        flat = x.dim() > 1 and x.shape[0] == unit.size * positions and positions > 1
-        if not flat or not layer.rule.any_rank:
+        if x.dim() < 2 or not layer.rule.any_rank:
+            return False
+        if torch.compiler.is_compiling():  # T would be a constant, and every length a reason to compile again
+            flat = x.shape[0] not in (1, unit.size) and unit.size > 0 and x.shape[0] % unit.size == 0
+        else:
+            positions = self._state.tokens or 0
+            flat = x.shape[0] == unit.size * positions and positions > 1
+        if not flat:
             return False
         if not torch.compiler.is_compiling():
             self._flattened.add(layer.name)

@@ -98,7 +98,7 @@ class SecondOrderValidation(SeparateValidation):
 
     def _tap(self, layer: Layer, config: GhostConfig) -> Tap:
         make = KeepingWatchTap if config.bitwise else KeepingTargetTap
-        return make(layer, self._scored[layer.name], config.algebra, self._kept)
+        return make(layer, self._scored[layer.name], config.algebra, self._kept, choices=self.choices)
 
     def release(self) -> None:
         self._graph = None

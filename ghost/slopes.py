@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ghost.choice import Algebra, Choices
 from ghost.discovery import shared_parameters
-from ghost.gradients import Algebra, SampleGradients
+from ghost.gradients import SampleGradients
 from ghost.layers import Layer
 from ghost.preconditioner import AdamStep
 from ghost.step import Parts, StepState, Unit, part_scores
@@ -75,14 +76,17 @@ class SlopeTap(Tap):
         numbers, *rest = moments
         m, v, p, *earlier = (moment.reshape(_matrix(shape)) for moment in rest)
         before, squares = earlier or (None, None)
+        chunk, _ = self.choices.plan(key)
+        if not torch.compiler.is_compiling() and len(shape) > 1:
+            self.choices.write(self.layer.qualified(key), Algebra.FUSED)
         if len(uses) == 1 and tuple(uses[0].parts) == (None,):
             total, dots = adam_sum_and_dots(
-                *parts_of(train), unit.row, unit.rows, targets, numbers, m, v, p, before, squares
+                *parts_of(train), unit.row, unit.rows, targets, numbers, m, v, p, before, squares, chunk
             )
             return total.view(shape), dots[None]
         *step, reach = numbers.tolist()
         weigher = Weigher(AdamStep(*step), m, v, p, before, squares, reach)
-        total, scores = _settle_together(uses, targets, weigher)
+        total, scores = _settle_together(uses, targets, weigher, chunk)
         for use, score in zip(uses[:-1], scores, strict=False):
             if score is not None:
                 self.state.add_late(use.layer.name, use.key, score)
@@ -112,16 +116,16 @@ def _summed(uses: Sequence[SlopeUse]) -> Tensor:
 
 
 def _settle_together(
-    uses: Sequence[SlopeUse], targets: Tensor, weigher: Weigher
+    uses: Sequence[SlopeUse], targets: Tensor, weigher: Weigher, chunk: int
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradient `[m, n]` of several uses, or of one whose parts are told apart, and each use's scores
     `[K, b, C]`; None where it is not scored.
     """
     pieces = [Piece.of(use.train, use.unit) for use in uses]
     if all(tuple(use.parts) in ((), (None,)) for use in uses):
-        total, dots = sum_and_dots(pieces, targets, weigher)
+        total, dots = sum_and_dots(pieces, targets, weigher, chunk)
         return total, [dot[None] if use.parts else None for use, dot in zip(uses, dots, strict=True)]
-    total, weighted = sum_and_weights(pieces, targets, weigher)
+    total, weighted = sum_and_weights(pieces, targets, weigher, chunk)
     columns = list(weighted.view(len(targets), *uses[0].layer.params[uses[0].key].shape))
     return total, [
         part_scores(use.train, columns, use.parts, use.unit) if use.parts else None for use in uses
@@ -171,7 +175,7 @@ class TargetSlopeTap(SlopeTap):
 
 def slope_taps(
     kind: type[SlopeTap], layers: Sequence[Layer], scored: Mapping[str, Mapping[str, Parts]],
-    how: Algebra, state: StepState,
+    state: StepState, choices: Choices,
 ) -> list[SlopeTap]:  # fmt: skip
     """One tap a layer, for layers with scored parameters or such that share one: the slopes of a shared
     parameter depend on the gradient of all its uses.
@@ -191,5 +195,5 @@ def slope_taps(
             if id(p) in wanted
         }
         if own:
-            taps.append(kind(layer, own, how, state, frozenset(sharers), sharers))
+            taps.append(kind(layer, own, Algebra.FUSED, state, frozenset(sharers), sharers, choices=choices))
     return taps

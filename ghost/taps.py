@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ghost.algebra import row_dots
+from ghost.choice import Algebra, Choices, Plan
 from ghost.distributed import fetched
 from ghost.errors import UnsupportedModelError
-from ghost.gradients import Algebra, OuterProducts, RowGathers, SampleGradients
+from ghost.gradients import OuterProducts, RowGathers, SampleGradients
 from ghost.layers import Layer, LayerRule
 from ghost.step import Parts, StepState, Unit, Use, part_scores
 
@@ -51,6 +52,8 @@ class Tap(ABC):
         gives_gradients: Whether it defines the gradients of the layer's parameters.
         scored: The parts of each parameter that are scored, by its name in the layer.
         how: The algebra for matrices.
+        choices: Where it is written down which one was taken.
+        plans: How the inner products of each parameter are taken, by its name in the layer.
     """
 
     gives_gradients: ClassVar[bool] = True
@@ -58,6 +61,12 @@ class Tap(ABC):
     layer: Layer
     scored: Mapping[str, Parts]
     how: Algebra
+    choices: Choices = field(default_factory=Choices, repr=False, compare=False, kw_only=True)
+    plans: Mapping[str, Plan] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        plans = {key: self.choices.plan(self.layer.qualified(key)) for key in self.layer.params}
+        object.__setattr__(self, "plans", plans)
 
     def sample_gradients(self, x: Tensor, grad: Tensor) -> dict[str, SampleGradients]:
         """Per-sample gradients of the layer's trainable parameters, in their order."""
@@ -71,7 +80,7 @@ class Tap(ABC):
                 f"the rule {type(rule).__name__} gives no gradients for {sorted(missing)} of layer "
                 f"{self.layer.name!r}."
             )
-        return {name: found[name] for name in self.layer.params}
+        return {name: found[name].under(plan) for name, plan in self.plans.items()}
 
     @abstractmethod
     def backward(
@@ -317,10 +326,10 @@ class TiedHeadFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, how: Algebra, unit: Unit, output: Tensor, x: Tensor, ids: Tensor, weight: Tensor,
+        ctx: Any, tap: Tap, unit: Unit, output: Tensor, x: Tensor, ids: Tensor, weight: Tensor,
         probe: Tensor, *slots: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.how, ctx.unit = how, unit
+        ctx.tap, ctx.unit = tap, unit
         ctx.save_for_backward(x, ids)
         ctx.mark_dirty(output)
         return output
@@ -332,8 +341,9 @@ class TiedHeadFunction(Function):
         tied = wide(grad)
         b = ctx.unit.train
         train_ids, val_ids = ids[:b].flatten(), ids[b:].flatten()  # [b*T], [S]
-        train, val = OuterProducts(tied, in_dtype_of(tied, x)).split(b)
-        total, dots = train.sum_and_scores(val, ctx.unit.sizes, ctx.how)
+        products = OuterProducts(tied, in_dtype_of(tied, x), plan=ctx.tap.plans["weight"])
+        train, val = products.split(b)
+        total, dots = train.sum_and_scores(val, ctx.unit.sizes, ctx.tap.how)
         columns = train.left.index_select(2, val_ids)
         val_columns = val.left.flatten(0, 1).index_select(1, train_ids)
         val_inputs = val.right.flatten(0, 1)

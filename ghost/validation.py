@@ -28,6 +28,7 @@ from ghost.batch import (
     take_rows,
     to_device,
 )
+from ghost.choice import Choices
 from ghost.config import GhostConfig, ValGradDevice
 from ghost.discovery import find_ties, shared_parameters
 from ghost.distributed import device_of, gradients, local, sharded_as
@@ -126,9 +127,11 @@ class Validation(ABC):
 
     Attributes:
         columns: Names of the scores' columns: `("",)`, or the validation sets.
+        choices: Which algebra each matrix's scores are taken by.
     """
 
     instrument: Instrument
+    choices: Choices
     columns: tuple[str, ...]
     sizes: tuple[int, ...]
     """Validation rows of each column that join a training batch."""
@@ -207,8 +210,9 @@ class JointValidation(Validation):
         self._take(self._next_rows())
         self._train_count = self._val_counts.sum()
         self._cursors = [0 for _ in self._batches]
+        self.choices = Choices(config.chunk_mb)
         if isinstance(rule, AdamRule):
-            slopes = slope_taps(ConcatSlopeTap, layers, scored, config.algebra, state)
+            slopes = slope_taps(ConcatSlopeTap, layers, scored, state, self.choices)
             self.instrument = Instrument(model, state, list(slopes), [], detach_params=True)
         else:
             self.instrument = self._instrument(model, state, layers, scored, config)
@@ -234,6 +238,7 @@ class JointValidation(Validation):
             ConcatTap(
                 layer, scored[layer.name], config.algebra, state,
                 frozenset(key for key, p in layer.params.items() if id(p) in shared),
+                choices=self.choices,
             )
             for layer in layers
         ]  # fmt: skip
@@ -361,7 +366,7 @@ class SeparateValidation(Validation):
         rule: UpdateRule | None = None,
     ) -> None:  # fmt: skip
         self._model, self._loss_fn, self._every = model, loss_fn or model_loss, config.val_every
-        self._scored, self._rule = scored, rule
+        self._scored, self._rule, self.choices = scored, rule, Choices(config.chunk_mb)
         taps = self._taps(layers, config, state)
         layers = [tap.layer for tap in taps]
         parameter = next(iter(layers[0].params.values()))
@@ -398,12 +403,12 @@ class SeparateValidation(Validation):
 
     def _taps(self, layers: list[Layer], config: GhostConfig, state: StepState) -> list[Tap]:
         if isinstance(self._rule, AdamRule):
-            return list(slope_taps(TargetSlopeTap, layers, self._scored, config.algebra, state))
+            return list(slope_taps(TargetSlopeTap, layers, self._scored, state, self.choices))
         return [self._tap(layer, config) for layer in layers if self._scored[layer.name]]
 
     def _tap(self, layer: Layer, config: GhostConfig) -> Tap:
         make = WatchTap if config.bitwise else TargetTap
-        return make(layer, self._scored[layer.name], config.algebra)
+        return make(layer, self._scored[layer.name], config.algebra, choices=self.choices)
 
     @staticmethod
     def _join(first: tuple[Inputs, Tensor], then: tuple[Inputs, Tensor]) -> tuple[Inputs, Tensor]:

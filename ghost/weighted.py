@@ -91,7 +91,9 @@ class Piece:
         return found.new_zeros(self.rows, *found.shape[1:]).index_add_(0, self.row, found)
 
 
-def sum_and_dots(pieces: Sequence[Piece], targets: Tensor, weigher: Weigher) -> tuple[Tensor, list[Tensor]]:
+def sum_and_dots(
+    pieces: Sequence[Piece], targets: Tensor, weigher: Weigher, chunk: int
+) -> tuple[Tensor, list[Tensor]]:
     """The parameter's gradient `[m, n]`, and for each piece its samples' inner products `[b, C]` with the
     weighted targets.
 
@@ -99,11 +101,12 @@ def sum_and_dots(pieces: Sequence[Piece], targets: Tensor, weigher: Weigher) -> 
         pieces: All uses of the parameter by the samples of one batch.
         targets: `[C, m, n]`.
         weigher: The weights.
+        chunk: Bytes to hold at once, of tiles.
     """
     b, like = pieces[0].rows, pieces[0].gradients.example
     total = like.new_empty(targets.shape[1:])
     dots = [like.new_zeros(b, len(targets), dtype=accumulation_dtype(like.dtype)) for _ in pieces]
-    for rows, tiles in _tiles(pieces, targets):
+    for rows, tiles in _tiles(pieces, targets, chunk):
         weights = _weights(rows, tiles, total, weigher)
         weighted = (weights * targets[:, rows]).flatten(1)  # [C, r*n]
         for dot, tile in zip(dots, tiles, strict=True):
@@ -111,23 +114,27 @@ def sum_and_dots(pieces: Sequence[Piece], targets: Tensor, weigher: Weigher) -> 
     return total, dots
 
 
-def sum_and_weights(pieces: Sequence[Piece], targets: Tensor, weigher: Weigher) -> tuple[Tensor, Tensor]:
+def sum_and_weights(
+    pieces: Sequence[Piece], targets: Tensor, weigher: Weigher, chunk: int
+) -> tuple[Tensor, Tensor]:
     """The parameter's gradient `[m, n]`, and the weighted targets `[C, m, n]`; see `sum_and_dots`."""
     like = pieces[0].gradients.example
     total = like.new_empty(targets.shape[1:])
     weighted = torch.empty_like(targets, dtype=accumulation_dtype(like.dtype))
-    for rows, tiles in _tiles(pieces, targets):
+    for rows, tiles in _tiles(pieces, targets, chunk):
         torch.mul(_weights(rows, tiles, total, weigher), targets[:, rows], out=weighted[:, rows])
     return total, weighted
 
 
-def _tiles(pieces: Sequence[Piece], targets: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+def _tiles(pieces: Sequence[Piece], targets: Tensor, chunk: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Blocks of the parameter's rows, with each piece's per-sample gradients there, `[b, r, n]`.
 
     Matrix products want large tiles; what is done element by element wants blocks that stay in the cache.
     """
     _, m, n = targets.shape
-    step = max(1, min(m, FUSED_TILE // (max(1, pieces[0].rows) * n)))
+    size = pieces[0].gradients.example.element_size()
+    most = min(FUSED_TILE, chunk // (len(pieces) * size))
+    step = max(1, min(m, most // (max(1, pieces[0].rows) * n)))
     block = max(1, BLOCK * torch.get_num_threads() // n)
     for lo in range(0, m, step):
         tiles = [piece.tile(slice(lo, min(lo + step, m))) for piece in pieces]
@@ -155,12 +162,14 @@ def _add_dots(dots: Tensor, samples: Tensor, columns: Tensor) -> None:
         dots.addmm_(samples, columns.T)
 
 
-def table_sum_and_dots(piece: Piece, targets: Tensor, weigher: Weigher) -> tuple[Tensor, Tensor]:
+def table_sum_and_dots(piece: Piece, targets: Tensor, weigher: Weigher, chunk: int) -> tuple[Tensor, Tensor]:
     """`sum_and_dots` of a table's only use: rows that no sample looked up take no part."""
     assert isinstance(piece.gradients, RowGathers)
     looked_up, gradients = piece.gradients.looked_up()
     part = weigher.at(looked_up)
-    found, (dots,) = sum_and_dots([Piece(gradients, piece.row, piece.rows)], targets[:, looked_up], part)
+    found, (dots,) = sum_and_dots(
+        [Piece(gradients, piece.row, piece.rows)], targets[:, looked_up], part, chunk
+    )
     if weigher.squares is not None and part.squares is not None:
         weigher.squares[looked_up] = part.squares
     total = found.new_zeros(targets.shape[1:]).index_copy_(0, looked_up, found)
@@ -177,6 +186,7 @@ def _rebuilt(kind: str, first: Tensor, second: Tensor, num_rows: int) -> SampleG
 def adam_sum_and_dots(
     kind: str, first: Tensor, second: Tensor, row: Tensor | None, rows: int, targets: Tensor,
     numbers: Tensor, m: Tensor, v: Tensor, p: Tensor, before: Tensor | None, squares: Tensor | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`sum_and_dots` of a parameter's only use, opaque to the compiler.
 
@@ -186,13 +196,14 @@ def adam_sum_and_dots(
         targets: `[C, m, n]`.
         numbers: `[7]` float64 on the CPU, the numbers of `AdamStep` and `Weigher.reach`.
         m, v, p, before, squares: As in `Weigher`, `[m, n]`.
+        chunk: Bytes to hold at once, of tiles.
     """
     *step, reach = numbers.tolist()
     weigher = Weigher(AdamStep(*step), m, v, p, before, squares, reach)
     piece = Piece(_rebuilt(kind, first, second, targets.shape[1]), row, rows)
     if kind == "gathered":
-        return table_sum_and_dots(piece, targets, weigher)
-    total, (dots,) = sum_and_dots([piece], targets, weigher)
+        return table_sum_and_dots(piece, targets, weigher, chunk)
+    total, (dots,) = sum_and_dots([piece], targets, weigher, chunk)
     return total, dots
 
 
@@ -200,6 +211,7 @@ def adam_sum_and_dots(
 def _(
     kind: str, first: Tensor, second: Tensor, row: Tensor | None, rows: int, targets: Tensor,
     numbers: Tensor, m: Tensor, v: Tensor, p: Tensor, before: Tensor | None, squares: Tensor | None,
+    chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     like = second if kind == "gathered" else first
     total = like.new_empty(targets.shape[1:])

@@ -250,6 +250,7 @@ class GradDotProdEngine(EngineConfig):
     )
     bitwise: bool = key("keep training bit-identical to engine=regular (separate)")
     algebra: Algebra = key("how the dots are computed; auto: the cheapest for each layer")
+    chunk_mb: int = key("MiB that a layer's dots hold at once, beyond their results")
     strict: bool = key("refuse to train where a trainable parameter is not scored")
 
 

@@ -157,6 +157,8 @@ class TrainingLoop:
                 )  # fmt: skip
                 losses.append(loss)
         scores = self.manager.scores if self.cfg.engine.name != "regular" else torch.zeros(0)
+        if step == self._first and (algebra := str(self.manager.algebra)):
+            log.info("Dot products by algebra, for these batches: %s.", algebra)
         credited = scores
         if self.cfg.engine.name == "graddotprod" and self.cfg.engine.order == 2:
             credited = scores + self.manager.curvatures  # finite where both are

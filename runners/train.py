@@ -315,6 +315,7 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
         "resolution": str(cfg.engine.resolution),
         "strict": cfg.engine.strict,
         "algebra": str(cfg.engine.algebra),
+        "chunk_mb": cfg.engine.chunk_mb,
         "loss_reduction": task.reduction.value,
         "selection": layer_selection(cfg.layers),
         "score_dtype": getattr(torch, cfg.dtype.score),

@@ -35,6 +35,7 @@ SMALLEST = {
     "data.image_token_id": 0,
     "data.vocab_size": 2,
     "engine.val_batch_size": 1,
+    "engine.chunk_mb": 1,
     "engine.val_every": 1,
     "engine.rank_total": 1,
     "engine.rank_min": 1,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost.batch import Inputs
+from ghost.choice import Choices
 from ghost.config import GhostConfig
 from ghost.distributed import ALONE, Ranks
 from ghost.errors import GhostConfigError
@@ -53,6 +54,11 @@ class Engine(ABC):
     def columns(self) -> tuple[str, ...]:
         """Names of the validation sets that scores have columns for; `("",)` for one without a name."""
         return ("",)
+
+    @property
+    def choices(self) -> Choices:
+        """Which algebra each matrix's latest scores were taken by."""
+        return Choices()
 
     def parts(self) -> dict[tuple[str, str], list[tuple[str, str]]]:
         """Label and family of each part of the scores, by layer name and parameter name."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost.batch import Inputs, plain
+from ghost.choice import Choices
 from ghost.config import GhostConfig, Resolution, ValMode
 from ghost.coverage import refuse_gaps
 from ghost.distributed import ALONE, Ranks
@@ -123,6 +124,10 @@ class GradDotProdEngine(TappedEngine):
         return self.validation.instrument
 
     @property
+    def choices(self) -> Choices:
+        return self.validation.choices
+
+    @property
     def columns(self) -> tuple[str, ...]:
         return self.validation.columns
 
@@ -203,7 +208,7 @@ class GradDotProdEngine(TappedEngine):
         for key, probe in state.probes.items():
             if key[1] in self.scored[key[0]]:
                 found = [part for part in (raw[key], waited.get(key)) if part is not None]
-                scores[key] = torch.stack(found).sum(0) * factor if found else probe.detach()
+                scores[key] = sum(found[1:], start=found[0]) * factor if found else probe.detach()
                 if self._rule is not None:
                     scores[key] = scores[key] * self._rule.factor(self._layers[key[0]].params[key[1]])
         self.state.close()

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ghost.batch import Inputs, plain
+from ghost.choice import Algebra
 from ghost.config import GhostConfig
 from ghost.distributed import ALONE, Ranks
 from ghost.engines.base import LayerScores, LossFn, register_engine
 from ghost.engines.tapped import TappedEngine
 from ghost.errors import GhostConfigError, ProtocolError
 from ghost.fingerprint import model_fingerprint
-from ghost.gradients import Algebra
 from ghost.instrument import Instrument
 from ghost.loss import count, infer_reduction, row_counts
 from ghost.projection import VERSION
@@ -273,7 +273,7 @@ def _refuse_scoring_settings(config: GhostConfig) -> None:
     usual = {f.name: f.default for f in fields(GhostConfig)}
     for name in (
         *("val_mode", "val_every", "val_grad_device", "order", "bitwise", "preconditioner", "credit"),
-        *("pairwise", "resolution", "algebra", "storage_dtype"),
+        *("pairwise", "resolution", "algebra", "chunk_mb", "storage_dtype"),
     ):
         value = getattr(config, name)
         if value != usual[name]:

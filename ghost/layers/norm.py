@@ -26,8 +26,8 @@ class LayerNormRule(LayerRule):
     def gradients(self, module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, SampleGradients]:
         assert isinstance(module, nn.LayerNorm)
         shape = module.normalized_shape
-        normalised = F.layer_norm(x, shape, eps=module.eps).to(grad.dtype)
+        normalised = F.layer_norm(x, shape, eps=module.eps).to(grad.dtype)  # a tensor of our own
         return {
-            "weight": Materialised(sum_rows_to(grad * normalised, shape)),
+            "weight": Materialised(sum_rows_to(normalised.mul_(grad), shape)),
             "bias": Materialised(sum_rows_to(grad, shape)),
         }

@@ -109,6 +109,7 @@ def test_two_names_of_one_setting() -> None:
         ({"val_batch_size": "2"}, r"val_batch_size='2' should be a whole number"),
         ({"val_batch_size": 2.0}, r"val_batch_size=2.0 should be a whole number"),
         ({"save_interval": -1}, r"save_interval=-1 should be a whole number"),
+        ({"chunk_mb": 0}, r"chunk_mb=0 should be a whole number"),
         ({"gradient_accumulation_steps": True}, r"gradient_accumulation_steps=True should be a whole number"),
         ({"selection": {"include": ["*"]}}, r"selection=.* should be a ghost.Selection"),
     ],

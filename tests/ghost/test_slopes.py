@@ -307,7 +307,7 @@ def test_float32_keeps_five_digits(touched: float) -> None:
     found = [
         adam_sum_and_dots(
             "outer", *(side.to(dtype) for side in (left, right)), None, 4, target.to(dtype), numbers,
-            *(state.to(dtype) for state in (m, v, p)), None, None,
+            *(state.to(dtype) for state in (m, v, p)), None, None, 1 << 20,
         )
         for dtype in (torch.float32, torch.float64)
     ]  # fmt: skip

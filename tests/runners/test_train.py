@@ -227,6 +227,9 @@ def test_metrics_are_of_the_step_they_stand_at(run: Run) -> None:
     assert series(folder, "train/lr") == used
     assert list(series(folder, "val/loss")) == [0, 2, 4]
     assert series(folder, "val/loss")[4] < series(folder, "val/loss")[0]
+    log = (folder / "run.log").read_text()
+    assert log.count("Dot products by algebra, for these batches: ") == 1
+    assert " matrices" in log
 
 
 def test_an_evaluation_alone_trains_and_values_nothing(run: Run) -> None:

@@ -1,0 +1,68 @@
+"""Which algebra is counted as the cheapest, at shapes where there is no doubt."""
+
+import pytest
+import torch
+
+from ghost import costs
+from ghost.costs import Problem
+
+
+def cheapest(problem: Problem) -> str:
+    """The algebra with the lowest count."""
+    found = costs.costs(problem)
+    return min(found, key=found.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("problem", "name"),
+    [
+        (Problem(16, 1, 768, 768, 2), "token_token"),
+        (Problem(16, 32, 768, 768, 4096), "target"),
+        (Problem(16, 1024, 768, 768, 1024), "fused"),
+        (Problem(16, 1024, 768, 768, 0), "fused"),
+        (Problem(16, 4, 768, 768, 0), "target"),
+        # The whole matrix of pairs for the price of one column.
+        (Problem(16, 1024, 768, 768, 16 * 1024, columns=16), "fused"),
+        (Problem(16, 1, 768, 768, 16, columns=16), "token_token"),
+    ],
+)
+def test_the_cheapest_algebra(problem: Problem, name: str) -> None:
+    assert cheapest(problem) == name
+
+
+def test_the_choice_depends_on_every_size() -> None:
+    """Length, validation rows, and whether the sum is wanted: a choice of an earlier batch would be wrong."""
+    assert cheapest(Problem(8, 16, 768, 3072, 16)) == "token_token"
+    assert cheapest(Problem(8, 512, 768, 3072, 512)) == "fused"
+    assert cheapest(Problem(8, 128, 768, 3072, 128)) == "token_token"
+    assert cheapest(Problem(8, 128, 768, 3072, 16 * 128)) == "fused"
+    assert cheapest(Problem(8, 512, 768, 3072, 8 * 512, wants_sum=False)) == "target"
+
+
+def test_what_cannot_be_taken_is_not_counted() -> None:
+    assert set(costs.costs(Problem(2, 3, 4, 5, 6))) == {"token_token", "target", "fused"}
+    assert set(costs.costs(Problem(2, 3, 4, 5, 0))) == {"target", "fused"}
+    assert set(costs.costs(Problem(2, 3, 4, 5, 6, wants_sum=False))) == {"token_token", "target"}
+
+
+def test_a_device_with_a_kernel_takes_its_tiles_for_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernel's compiler there the tiles stay where they are formed."""
+    problem = Problem(16, 1024, 768, 3072, 1024, dtype=torch.bfloat16, device="cuda")
+    found = {}
+    for there in (True, False):
+        monkeypatch.setattr(costs, "find_spec", lambda name, there=there: name if there else None)
+        costs.weights.cache_clear()
+        costs.costs.cache_clear()
+        found[there] = costs.costs(problem)
+    costs.weights.cache_clear()
+    costs.costs.cache_clear()
+    assert found[True]["fused"] < found[False]["fused"]
+    assert min(found[True], key=found[True].__getitem__) == "fused"
+    assert found[True]["target"] == found[False]["target"]
+
+
+def test_a_smaller_chunk_costs_more_calls() -> None:
+    problem = Problem(16, 64, 768, 3072, 64)
+    small, large = costs.costs(problem, 1 << 16), costs.costs(problem, 1 << 26)
+    assert small["fused"] > large["fused"]
+    assert small["token_token"] > large["token_token"]

@@ -5,47 +5,30 @@ and validation rows everywhere. All steps take turns within one process on one m
 """
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.common import Ratio, interleave, report
 from benchmarks.step_overhead import Shape, training
+from benchmarks.steps import Step, attached_step, plain_step
 from ghost import GhostEngineManager
 
 SHAPES = [Shape(8, 128, 8), Shape(4, 256, 4)]
 
 
-def steps(shape: Shape) -> dict[str, Callable[[], None]]:
+def steps(shape: Shape) -> dict[str, Step]:
     """A plain step, and scored ones with one column, a column for each half, and one for each pair."""
     model, optimizer, X, val = training(shape)
-    rows = torch.cat([X, val])
     half = shape.v // 2
     sets = {"first": (val[:half], val[:half]), "second": (val[half:], val[half:])}
 
-    def plain() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-
-    def scored(config: dict[str, Any], val_data: Any) -> Callable[[], None]:
+    def scored(config: dict[str, Any], val_data: Any) -> Step:
         manager = GhostEngineManager(config, model, optimizer, val_data=val_data)
-        manager.detach_for_evaluation()
-        iteration = iter(range(10**9))
-
-        def step() -> None:
-            manager.reattach_after_evaluation()
-            optimizer.zero_grad(set_to_none=True)
-            with manager.step(X, X, batch_idx=range(shape.b), iteration=next(iteration)) as step:
-                step.backward(model(**step.inputs).loss)
-            optimizer.step()
-            manager.detach_for_evaluation()
-
-        return step
+        return attached_step(manager, model, optimizer, X)
 
     return {
-        "plain": plain,
+        "plain": plain_step(model, optimizer, torch.cat([X, val])),
         "one column": scored({}, (val, val)),
         "two sets": scored({}, sets),
         "pairs": scored({"pairwise": True}, (val, val)),

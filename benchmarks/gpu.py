@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common import Ratio, interleave, report
@@ -201,7 +202,7 @@ def main() -> None:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))} is no part: take some of {', '.join(PARTS)}")
     if not torch.cuda.is_available():
-        print("There is no GPU here that PyTorch can use, so nothing was measured.")
+        Console().print("There is no GPU here that PyTorch can use, so nothing was measured.")
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from benchmarks import gpu_kernel  # needs Triton

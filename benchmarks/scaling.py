@@ -6,13 +6,13 @@ shape in the middle; both steps take turns within one process on one model.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.common import Ratio, interleave, report
 from benchmarks.step_overhead import gpt2
+from benchmarks.steps import Step, plain_step, scored_step
 from ghost import GhostEngineManager
 
 HEAD_SIZE = 64
@@ -37,28 +37,17 @@ def sizes(values: int) -> list[Size]:
     return list(dict.fromkeys(varied))
 
 
-def steps(size: Size) -> dict[str, Callable[[], None]]:
+def steps(size: Size) -> dict[str, Step]:
     """A plain and a scored step on one model, by name."""
     torch.manual_seed(0)
     model = gpt2(n_layer=2, n_embd=size.d, n_head=size.d // HEAD_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     X, val = (torch.randint(0, 50257, (rows, size.T)) for rows in (size.b, size.v))
-    both = torch.cat([X, val])
     manager = GhostEngineManager({}, model, optimizer, val_data=(val, val))
-    iteration = iter(range(10**9))
-
-    def plain() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(input_ids=both, labels=both).loss.backward()
-        optimizer.step()
-
-    def scored() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with manager.step(X, X, batch_idx=range(size.b), iteration=next(iteration)) as step:
-            step.backward(model(**step.inputs).loss)
-        optimizer.step()
-
-    return {"plain": plain, "scored": scored}
+    return {
+        "plain": plain_step(model, optimizer, torch.cat([X, val])),
+        "scored": scored_step(manager, model, optimizer, X),
+    }
 
 
 def main() -> None:

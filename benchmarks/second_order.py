@@ -7,7 +7,6 @@ differentiated twice, by itself.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import Ratio, interleave, report
 from benchmarks.step_overhead import gpt2
+from benchmarks.steps import Step, attached_step, plain_step
 from ghost import GhostEngineManager
 
 
@@ -32,34 +32,18 @@ class Shape:
 SHAPES = [Shape(4, 256, 128), Shape(4, 512, 128), Shape(4, 768, 128), Shape(4, 512, 256)]
 
 
-def steps(shape: Shape, vocabulary: int) -> dict[str, Callable[[], None]]:
+def steps(shape: Shape, vocabulary: int) -> dict[str, Step]:
     """The steps by name, all on one model."""
     torch.manual_seed(0)
     model = gpt2(n_layer=shape.layers, n_embd=shape.d, n_head=shape.d // 64, vocab_size=vocabulary)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     X = torch.randint(0, vocabulary, (shape.b, shape.tokens))
     val = torch.randint(0, vocabulary, (shape.v, shape.tokens))
-    iteration = iter(range(10**9))
 
-    def plain() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(input_ids=X, labels=X).loss.backward()
-        optimizer.step()
-
-    def scored(order: int) -> Callable[[], None]:
+    def scored(order: int) -> Step:
         config = {"val_mode": "separate", "order": order}
         manager = GhostEngineManager(config, model, optimizer, val_data=(val, val))
-        manager.detach_for_evaluation()
-
-        def step() -> None:
-            manager.reattach_after_evaluation()
-            optimizer.zero_grad(set_to_none=True)
-            with manager.step(X, X, batch_idx=range(shape.b), iteration=next(iteration)) as scoring:
-                scoring.backward(model(**scoring.inputs).loss)
-            optimizer.step()
-            manager.detach_for_evaluation()
-
-        return step
+        return attached_step(manager, model, optimizer, X)
 
     def hessian() -> None:
         params = list(model.parameters())
@@ -68,7 +52,12 @@ def steps(shape: Shape, vocabulary: int) -> dict[str, Callable[[], None]]:
             grads = torch.autograd.grad(loss, params, create_graph=True)
         torch.autograd.grad(grads, params, params)
 
-    return {"plain": plain, "first": scored(1), "second": scored(2), "hessian": hessian}
+    return {
+        "plain": plain_step(model, optimizer, X),
+        "first": scored(1),
+        "second": scored(2),
+        "hessian": hessian,
+    }
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common import Ratio, interleave, report
+from benchmarks.steps import Step, plain_step, scored_step
 from ghost import GhostEngineManager
 
 
@@ -52,26 +52,15 @@ def training(shape: Shape) -> tuple[GPT2LMHeadModel, torch.optim.Optimizer, Tens
     return model, optimizer, X, val
 
 
-def steps(shape: Shape, val_mode: str, algebra: str) -> dict[str, Callable[[], None]]:
+def steps(shape: Shape, val_mode: str, algebra: str, preconditioner: str = "none") -> dict[str, Step]:
     """A plain and a scored step on one model, by name."""
     model, optimizer, X, val = training(shape)
-    rows = torch.cat([X, val])
-    config = {"val_mode": val_mode, "algebra": algebra}
+    config = {"val_mode": val_mode, "algebra": algebra, "preconditioner": preconditioner}
     manager = GhostEngineManager(config, model, optimizer, val_data=(val, val))
-    iteration = iter(range(10**9))
-
-    def plain() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-
-    def scored() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with manager.step(X, X, batch_idx=range(shape.b), iteration=next(iteration)) as step:
-            step.backward(model(**step.inputs).loss)
-        optimizer.step()
-
-    return {"plain": plain, "scored": scored}
+    return {
+        "plain": plain_step(model, optimizer, torch.cat([X, val])),
+        "scored": scored_step(manager, model, optimizer, X),
+    }
 
 
 def peak_bytes(shape: Shape, which: str) -> int:
@@ -102,12 +91,15 @@ def main() -> None:
         return
     rows = []
     for shape in SHAPES[: args.shapes]:
-        times = interleave(steps(shape, "concat", args.algebra), args.rounds)
+        own = {"own": steps(shape, "concat", "auto", "auto")["scored"]}
+        times = interleave(steps(shape, "concat", args.algebra) | own, args.rounds)
+        del own
         memory = peak_bytes(shape, "scored") / peak_bytes(shape, "plain")
         rows.append(
             {
                 "b": shape.b, "T": shape.tokens, "v": shape.v,
                 "scored / plain": Ratio.of(times["scored"], times["plain"]),
+                "preconditioner=auto / scored": Ratio.of(times["own"], times["scored"]),
                 "plain s": round(sorted(times["plain"])[args.rounds // 2], 3),
                 "peak memory ratio": round(memory, 3),
             }

@@ -132,17 +132,30 @@ class _Scratch(threading.local):
 
     buffer: Tensor | None = None
 
-    def like(self, tensor: Tensor, numel: int) -> Tensor:
-        """`numel` uninitialised elements of the tensor's dtype and device."""
+    def like(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """Uninitialised space of the tensor's dtype and device."""
+        numel = math.prod(shape)
         if tensor.device.type != "cpu":  # other devices' allocators keep memory themselves, stream by stream
-            return tensor.new_empty(numel)
+            return tensor.new_empty(shape)
         kept = self.buffer
-        if kept is None or kept.numel() < numel or kept.dtype != tensor.dtype:
+        # A step that is rehearsed on tensors without memory must not leave one of them to a real step.
+        fits = kept is not None and type(kept) is type(tensor) and kept.dtype == tensor.dtype
+        if kept is None or not fits or kept.numel() < numel:
             kept = self.buffer = tensor.new_empty(numel)
-        return kept[:numel]
+        return kept[:numel].view(*shape)
 
 
 _scratch = _Scratch()
+
+
+def release_scratch() -> None:
+    """Give the space of tiles back; the next tile takes its own."""
+    _scratch.buffer = None
+
+
+def scratch(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Space for one tile at a time, of the tensor's dtype and device: the next call's is the same."""
+    return _scratch.like(like, shape)
 
 
 def tile_shape(b: int, m: int, n: int, columns: int, dtype: torch.dtype, chunk: int) -> tuple[int, int]:
@@ -181,7 +194,7 @@ def _accumulate_tile(left: Tensor, right: Tensor, targets: Tensor, total: Tensor
         dots: `[b, C]`.
     """
     shape = (left.shape[0], left.shape[2], right.shape[2])
-    per_sample = _scratch.like(left, math.prod(shape)).view(shape)  # [b, r, c]
+    per_sample = _scratch.like(left, shape)  # [b, r, c]
     torch.bmm(left.transpose(1, 2), right, out=per_sample)
     torch.sum(per_sample, 0, out=total)
     flat, columns = per_sample.flatten(1).to(dots.dtype), targets.flatten(1).to(dots.dtype)
@@ -241,30 +254,32 @@ def tiled_sum_and_scores(
 
 
 @torch.library.custom_op("ghost::fused_sum_and_dots", mutates_args=(), tags=torch.Tag.flexible_layout)
-def fused_sum_and_dots(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def fused_sum_and_dots(
+    left: Tensor, right: Tensor, targets: Tensor, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
     """`tiled_sum_and_dots` as an operator, for devices that have a kernel of their own for it."""
     if kernels.serves(left.device.type, left.dtype, len(targets)):
-        return kernels.sum_and_dots(left, right, targets)
-    return tiled_sum_and_dots(left, right, targets)
+        return kernels.sum_and_dots(left, right, targets, chunk)
+    return tiled_sum_and_dots(left, right, targets, chunk)
 
 
 @fused_sum_and_dots.register_fake
-def _(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _(left: Tensor, right: Tensor, targets: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     return _outputs(left, right, targets.shape[0])
 
 
 @torch.library.custom_op("ghost::fused_sum_and_scores", mutates_args=(), tags=torch.Tag.flexible_layout)
 def fused_sum_and_scores(
-    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int]
+    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int], chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """`tiled_sum_and_scores` as an operator, for devices that have a kernel of their own for it."""
     if kernels.serves(left.device.type, left.dtype, len(sizes)):
-        return kernels.sum_and_scores(left, right, val_left, val_right, sizes)
-    return tiled_sum_and_scores(left, right, val_left, val_right, sizes)
+        return kernels.sum_and_scores(left, right, val_left, val_right, sizes, chunk)
+    return tiled_sum_and_scores(left, right, val_left, val_right, sizes, chunk)
 
 
 @fused_sum_and_scores.register_fake
 def _(
-    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int]
+    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int], chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     return _outputs(left, right, len(sizes))

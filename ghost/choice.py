@@ -161,7 +161,7 @@ def _sum_and_scores(
     if choice is Algebra.FUSED:
         if left.device.type == "cpu":
             return algebra.tiled_sum_and_scores(*sides, sizes, chunk)
-        total, dots = algebra.fused_sum_and_scores(*sides, sizes)
+        total, dots = algebra.fused_sum_and_scores(*sides, sizes, chunk)
         return total, dots
     return algebra.summed(left, right), _scores_by(choice, *sides, sizes, chunk)
 
@@ -196,7 +196,7 @@ def _sum_and_dots(
     if choice is Algebra.FUSED:
         if left.device.type == "cpu":
             return algebra.tiled_sum_and_dots(left, right, targets, chunk)
-        total, dots = algebra.fused_sum_and_dots(left, right, targets)
+        total, dots = algebra.fused_sum_and_dots(left, right, targets, chunk)
         return total, dots
     found = [algebra.target_dots(left, right, target, chunk) for target in targets]
     return algebra.summed(left, right), torch.stack(found, dim=1)

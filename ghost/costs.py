@@ -52,13 +52,11 @@ class Weights:
         flop: Of one FLOP of a large matrix product.
         byte: Of one byte that an operation reads or writes.
         call: Of one operation, however small.
-        tile_flop: Of one FLOP on a tile that a fused kernel holds; None where tiles go through memory.
     """
 
     flop: float
     byte: float
     call: float
-    tile_flop: float | None = None
 
 
 # One thread of a CPU with 512-bit vectors. Those of float32 are fitted (docs/log.md); a float64 takes twice
@@ -76,16 +74,14 @@ CUDA_SHORT_FLOP = 1 / 500e3
 CUDA_BYTE = 1 / 2.5e3
 CUDA_CALL = 5000.0
 CUDA_TILE_FLOP = 1 / 50e3
+"""Of a tile that the kernel holds."""
 
 
 @lru_cache
 def weights(dtype: torch.dtype, device: str, threads: int) -> Weights:
     """The weights of a dtype on a device: the CPU's with so many threads, or an accelerator's."""
     if device != "cpu":
-        flop = CUDA_FLOPS.get(dtype, CUDA_SHORT_FLOP)
-        return Weights(
-            flop, CUDA_BYTE, CUDA_CALL, CUDA_TILE_FLOP if kernels.serves(device, dtype, 1) else None
-        )
+        return Weights(CUDA_FLOPS.get(dtype, CUDA_SHORT_FLOP), CUDA_BYTE, CUDA_CALL)
     flop = CPU_FLOPS.get(dtype, CPU_SHORT_FLOP)
     return Weights(flop / threads, CPU_BYTE / threads, CPU_CALL)
 
@@ -96,12 +92,20 @@ def _product(w: Weights, size: int, rows: int, inner: int, columns: int) -> floa
     return 2 * rows * inner * columns * w.flop + (read + rows * columns * size) * w.byte + w.call
 
 
-@lru_cache(maxsize=1 << 14)
 def costs(problem: Problem, chunk: int = CHUNK) -> dict[str, float]:
     """Nanoseconds, about, of each algebra that can be taken, the summed gradient included where it is wanted.
 
     Args:
         chunk: Bytes that an algebra may hold at once.
+    """
+    # Asked each time: what the kernel takes depends on settings that a program may change as it runs.
+    return _costs(problem, chunk, kernels.serves(problem.device, problem.dtype, problem.columns))
+
+
+@lru_cache(maxsize=1 << 14)
+def _costs(problem: Problem, chunk: int, in_kernel: bool) -> dict[str, float]:
+    """`costs`, with the fused algebra taken by a kernel or, for more columns than `kernels.MOST_COLUMNS` and
+    wherever else none serves, tile by tile through memory.
     """
     w, p = weights(problem.dtype, problem.device, problem.threads), problem
     size, wide = p.dtype.itemsize, accumulation_dtype(p.dtype).itemsize
@@ -111,7 +115,7 @@ def costs(problem: Problem, chunk: int = CHUNK) -> dict[str, float]:
     val = _product(w, size, p.m, p.val_tokens, p.n) + p.columns * w.call if p.val_tokens else 0.0
     found = {"target": total + val + p.columns * _target(w, p, size, wide)}
     if p.wants_sum:
-        found["fused"] = _fused(w, p, size, wide, chunk)
+        found["fused"] = _in_kernel(w, p, size) if in_kernel else _tiled(w, p, size, wide, chunk)
     if p.val_tokens:
         found["token_token"] = total + _token_token(w, p, size, wide, chunk)
     return found
@@ -134,13 +138,24 @@ def _token_token(w: Weights, p: Problem, size: int, wide: int, chunk: int) -> fl
     return products + pairs * (4 * wide + conversions) * w.byte + (5 * chunks + p.columns) * w.call
 
 
-def _fused(w: Weights, p: Problem, size: int, wide: int, chunk: int) -> float:
-    """The validation gradient's tiles included, where they are formed on the way."""
+def _formed(w: Weights, p: Problem, size: int) -> tuple[float, float]:
+    """The products that form all samples' gradients, and the validation gradient where it is not there yet;
+    and the reading of their factors.
+    """
+    tokens = p.rows * p.tokens + p.val_tokens
+    return 2 * p.m * p.n * tokens * w.flop, tokens * (p.m + p.n) * size * w.byte
+
+
+def _in_kernel(w: Weights, p: Problem, size: int) -> float:
+    """The tiles stay where they are formed."""
     elements = p.rows * p.m * p.n
-    products = 2 * p.m * p.n * (p.rows * p.tokens + p.val_tokens) * w.flop
-    factors = (p.rows * p.tokens + p.val_tokens) * (p.m + p.n) * size * w.byte
-    if w.tile_flop is not None:  # a kernel's: the tiles stay where they are formed
-        return products + factors + 2 * elements * (1 + p.columns) * w.tile_flop + w.call
+    return sum(_formed(w, p, size)) + 2 * elements * (1 + p.columns) * CUDA_TILE_FLOP + w.call
+
+
+def _tiled(w: Weights, p: Problem, size: int, wide: int, chunk: int) -> float:
+    """The tiles go through memory."""
+    elements = p.rows * p.m * p.n
+    products, factors = _formed(w, p, size)
     height, width = tile_shape(p.rows, p.m, p.n, p.columns, p.dtype, chunk)
     tiles = math.ceil(p.m / height) * math.ceil(p.n / width)
     strips, strided = (1.0, 0) if tiles == 1 else (TILED_PRODUCT, size)

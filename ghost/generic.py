@@ -16,7 +16,6 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ghost.distributed import fetched
 from ghost.errors import UnsupportedModelError
 from ghost.gradients import Materialised, SampleGradients
 from ghost.layers import Layer, WholeRule
@@ -199,6 +198,6 @@ class GenericFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        targets = [fetched(target, grads[0].device) for target in ctx.saved_tensors]
+        targets = ctx.tap.fetch(ctx.saved_tensors, grads[0].device)
         found = ctx.tap.backward(ctx.call.unit, ctx.call.sample_gradients(grads), targets)
         return None, None, None, None, *grads, *found

@@ -88,9 +88,12 @@ class SampleGradients(ABC):
         """A tensor of the gradients' dtype and device."""
 
     @abstractmethod
-    def tile(self, rows: slice) -> Tensor:
+    def tile(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """The samples' gradients at some rows of the parameter, `[b, r, n]`; n are all its other axes as
         one.
+
+        Args:
+            out: Contiguous space `[b, r, n]` that may be written to.
         """
 
     def under(self, plan: Plan) -> Self:
@@ -153,7 +156,8 @@ class Materialised(SampleGradients):
     def example(self) -> Tensor:
         return self.values
 
-    def tile(self, rows: slice) -> Tensor:
+    def tile(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        del out  # a view serves
         values = self.values if self.values.dim() > 1 else self.values[:, None]
         return values[:, rows].flatten(2) if values.dim() > 2 else values[:, rows, None]
 
@@ -225,8 +229,9 @@ class OuterProducts(SampleGradients):
     def example(self) -> Tensor:
         return self.left
 
-    def tile(self, rows: slice) -> Tensor:
-        return torch.bmm(self.left[:, :, rows].transpose(1, 2), self.right)
+    def tile(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        left = self.left[:, :, rows].transpose(1, 2)
+        return torch.bmm(left, self.right) if out is None else torch.bmm(left, self.right, out=out)
 
     def dot(self, target: Tensor) -> Tensor:
         return choice.dot(self.left, self.right, target.flatten(1), self.plan)
@@ -283,7 +288,8 @@ class RowGathers(SampleGradients):
     def example(self) -> Tensor:
         return self.grad
 
-    def tile(self, rows: slice) -> Tensor:
+    def tile(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        del out
         sample, position = ((self.ids >= rows.start) & (self.ids < rows.stop)).nonzero(as_tuple=True)
         size = rows.stop - rows.start
         place = sample * size + self.ids[sample, position] - rows.start

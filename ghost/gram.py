@@ -15,6 +15,7 @@ from ghost.engines.graddotprod import GradDotProdEngine
 from ghost.errors import BatchError, GhostConfigError
 from ghost.layers import Layer
 from ghost.loss import LossReduction, infer_reduction, row_counts
+from ghost.preconditioner import Credit, Preconditioner
 from ghost.selection import Selection
 from ghost.validation import model_loss
 
@@ -102,8 +103,9 @@ def _settings(config: GhostConfig, reduction: LossReduction, uses: dict[tuple[st
     names = dict.fromkeys(layer for layer, _ in uses)
     return replace(
         config, engine=GradDotProdEngine.name, val_mode=ValMode.CONCAT, val_batch_size=None, val_every=1,
-        val_grad_device=ValGradDevice.MODEL,
-        bitwise=False, loss_reduction=reduction, pairwise=True, resolution=Resolution.TOTAL, strict=False,
+        val_grad_device=ValGradDevice.MODEL, order=1, preconditioner=Preconditioner.NONE,
+        credit=Credit.TRAJECTORY, bitwise=False, loss_reduction=reduction, pairwise=True,
+        resolution=Resolution.TOTAL, strict=False,
         selection=Selection(include=tuple(f"re:{re.escape(name)}" for name in names)),
         score_dtype=torch.float64, storage_dtype=None, gradient_accumulation_steps=1, result_dir=None,
     )  # fmt: skip

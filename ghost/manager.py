@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,12 @@ from ghost.config import GhostConfig, Resolution, convert
 from ghost.distributed import ALONE, ddp_wrapper, ranks_of
 from ghost.engines import Engine, LayerScores, LossFn, engine_class
 from ghost.errors import BatchError, GhostConfigError, ProtocolError, shown
-from ghost.scores import Column, ScoreLog
+from ghost.rows import Step, StepRows, together
+from ghost.scores import ScoreLog
 from ghost.second_order import refuse_gradients_left
-from ghost.update import SKIPPED, Update, UpdateObserver
+from ghost.update import UpdateObserver
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Step:
-    """What is known of the step in progress; a step may have several micro-batches.
-
-    Attributes:
-        rates: The groups' learning rates `[R]` when its last backward was done, float64.
-    """
-
-    iteration: int
-    samples: list[Tensor] = field(default_factory=list)
-    scores: list[LayerScores] = field(default_factory=list)
-    curvatures: list[LayerScores] = field(default_factory=list)
-    rates: Tensor | None = None
-
-    def sample(self) -> Tensor:
-        return torch.cat(self.samples)
-
-
-def _together(micro_batches: Sequence[LayerScores]) -> LayerScores:
-    """Scores `[K, B, C]` of all micro-batches by layer and parameter name."""
-    if len(micro_batches) == 1:
-        return micro_batches[0]
-    return {key: torch.cat([part[key] for part in micro_batches], dim=1) for key in micro_batches[0]}
 
 
 class ScoredStep:
@@ -145,9 +121,9 @@ class GhostEngineManager:
             optimizer or torch.optim.SGD(self.model.parameters(), lr=0.0), self.model
         )
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self._untrained = self._outside_groups()
+        self._rows = StepRows(self.engine, self.config, self._parameters, self._observer)
         self._refuse_unknown_averaging()
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._before: dict[str, Any] = {}  # the engine's state at the beginning of the step
         self._micro_batch_open = False
         self._wrapper_called = False
@@ -164,19 +140,6 @@ class GhostEngineManager:
             Path(self.config.result_dir) / "scores", self.config.storage_dtype, written,
             self._ranks.rank, self._ranks.world_size,
         )  # fmt: skip
-
-    def _outside_groups(self) -> list[str]:
-        """Scored parameters that the optimizer does not have: no step moves them, so they are credited
-        nothing.
-        """
-        groups = self._observer.groups()
-        scored = {f"{layer}.{key}" if layer else key for layer, key in self.engine.parts()}
-        missing = sorted(name for name in scored if id(self._parameters[name]) not in groups)
-        if missing:
-            log.warning(
-                "the optimizer does not have %s: their scores are credited nothing.", ", ".join(missing)
-            )
-        return missing
 
     def _refuse_unknown_averaging(self) -> None:
         if self.config.order == 2 and self._ranks.world_size > 1 and self._ddp is None:
@@ -207,7 +170,7 @@ class GhostEngineManager:
             self._close_micro_batch()
         if self._step is None:
             self._before = self.engine.state_dict()
-            if self.config.order == 2:
+            if self.engine.reads_gradients:
                 groups = self._observer.groups()
                 refuse_gradients_left({n: p for n, p in self._parameters.items() if id(p) in groups})
         if self._step is not None and self._step.iteration != iteration:
@@ -231,7 +194,7 @@ class GhostEngineManager:
         self._share = 1.0 / (steps * self._ranks.world_size) if share is None else share
         self.engine.begin(X, Y, self._step is None, self._share)
         self._wrapper_called = False
-        self._step = self._step or _Step(iteration)
+        self._step = self._step or Step(iteration)
         self._step.samples.append(sample)
         self._micro_batch_open = True
 
@@ -358,27 +321,13 @@ class GhostEngineManager:
                 f"resolution={self.config.resolution.value!r} does not tell heads apart: set it to 'head'."
             )
         found: dict[str, Tensor] = {}
-        for label, _, part in self._labelled(by_parameter, wanted):
+        for label, _, part in self._rows.labelled(by_parameter, wanted):
             found[label] = found[label] + part if label in found else part
         return {label: self._plain(part) for label, part in found.items()}
 
     def _plain(self, scores: Tensor) -> Tensor:
         """`[B, C]`, or `[B]` where there is one column that nobody asked to be a column."""
         return scores if self.config.pairwise or self.engine.columns != ("",) else scores[:, 0]
-
-    def _labelled(
-        self, by_parameter: LayerScores, resolution: Resolution
-    ) -> Iterator[tuple[str, str, Tensor]]:
-        """Label, parameter and scores `[B, C]` of every part of a step's scores."""
-        parts = self.engine.parts()
-        for (layer, key), scores in by_parameter.items():
-            parameter = f"{layer}.{key}" if layer else key
-            for (name, family), part in zip(parts[layer, key], scores, strict=True):
-                label = {
-                    Resolution.TOTAL: "total", Resolution.LAYER: layer, Resolution.FAMILY: family,
-                    Resolution.HEAD: name,
-                }[resolution]  # fmt: skip
-                yield label, parameter, part
 
     def drop_step(self) -> None:
         """Instead of `optimizer.step()`: forget the step, as if it had not begun.
@@ -456,57 +405,8 @@ class GhostEngineManager:
         if update is not None:
             self.engine.note_update(update)
         if self._log is not None and step.scores[0]:
-            self._append_rows(self._log, step)
+            self._rows.append(self._log, step)
         step.samples = []
-
-    def _append_rows(self, rows: ScoreLog, step: _Step) -> None:
-        """The step's rows, with what the optimizer made of the step."""
-        update = self._observer.take()
-        if update is None:
-            log.info(
-                "step %d was skipped by the optimizer: its samples are credited nothing.", step.iteration
-            )
-            update = SKIPPED
-        columns, score, lr = self._columns(_together(step.scores), update)
-        curvature = None
-        if step.curvatures:
-            self._refuse_other_rates(step, update)
-            _, curvature, _ = self._columns(_together(step.curvatures), update)
-        val = self.engine.val_rows() if self.config.pairwise else None
-        rows.append(step.iteration, step.sample(), score, lr, update.clip, columns, val, curvature)
-
-    def _refuse_other_rates(self, step: _Step, update: Update) -> None:
-        """Curvatures are of the direction in which the groups' learning rates turn the gradient."""
-        assert step.rates is not None
-        now = update.lr.expand_as(step.rates)
-        then = step.rates if bool(step.rates.any()) else torch.ones_like(step.rates)
-        # The same direction, whatever its length; a step of no length has any.
-        if not torch.allclose(then * now.amax(), now * then.amax(), rtol=1e-9, atol=0.0):
-            raise ProtocolError(
-                f"step {step.iteration} ended its backward with learning rates {step.rates.tolist()} and was "
-                f"taken with {now.tolist()}: with order=2 set those of groups before the last backward."
-            )
-
-    def _columns(self, by_parameter: LayerScores, update: Update) -> tuple[list[Column], Tensor, Tensor]:
-        """The step's scores `[n, K]` with what each column is, and each column's learning rate `[K]`.
-
-        A column is a part of the model, as far as `resolution` tells them apart, against a validation set or
-        sample; parts whose parameter groups have learning rates of their own are columns of their own.
-        """
-        groups = self._observer.groups()
-        lr = torch.cat([update.lr, update.lr.new_zeros(1)])  # what no group has is not trained
-        if not bool((update.lr != update.lr[0]).any()) and not self._untrained:
-            groups = dict.fromkeys(groups, 0)
-        found: dict[tuple[str, int], Tensor] = {}
-        for label, parameter, part in self._labelled(by_parameter, self.config.resolution):
-            key = label, groups.get(id(self._parameters[parameter]), len(update.lr))
-            found[key] = found[key] + part if key in found else part
-        wide = next(iter(found.values())).shape[1]
-        names = [f"pair {j}" for j in range(wide)] if self.config.pairwise else self.engine.columns
-        columns = [Column(label, group, name) for label, group in found for name in names]
-        score = torch.stack(list(found.values()), dim=1).flatten(1)  # [n, parts * C]
-        rates = torch.stack([lr[group] for _, group in found]).repeat_interleave(len(names))
-        return columns, score, rates
 
     def detach_for_evaluation(self) -> None:
         """Leave the model as it was before the manager came; a micro-batch in progress is dropped."""
@@ -553,14 +453,14 @@ class GhostEngineManager:
             raise ProtocolError(
                 "no scores are known yet: they are after the backward and prepare_gradients()."
             )
-        return _together(self._step.scores)
+        return together(self._step.scores)
 
     def _curvatures_by_parameter(self) -> LayerScores:
         if self._step is None or not self._step.curvatures:
             raise ProtocolError(
                 "no curvatures are known: they need order=2, and are there after prepare_gradients()."
             )
-        return _together(self._step.curvatures)
+        return together(self._step.curvatures)
 
     def _close_micro_batch(self) -> None:
         assert self._step is not None

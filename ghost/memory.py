@@ -1,6 +1,12 @@
-"""Telling an error for want of memory from others: the CPU's allocator has no class of its own."""
+"""Telling an error for want of memory from others (the CPU's allocator has no class of its own), and giving
+back what the library keeps between steps.
+"""
 
 import torch
+
+from ghost.algebra import release_scratch
+
+__all__ = ["is_out_of_memory", "release_scratch"]
 
 _SIGNS = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 

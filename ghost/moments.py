@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ghost.errors import ProtocolError
 from ghost.preconditioner import AdamRule
 
 
@@ -30,10 +31,19 @@ class Moments:
 
         Args:
             first: Whether it is a step's first.
+
+        Raises:
+            ProtocolError: There are more micro-batches than were said.
         """
         if first:
             self._done, self._squares = 0, {}
         self._done += 1
+        if self._done > self._micro_batches:
+            raise ProtocolError(
+                "a step has more micro-batches than gradient_accumulation_steps="
+                f"{self._micro_batches}, by which scores of the optimizer's own step know how much of it "
+                "they have seen: set it to their number."
+            )
         reach = torch.tensor([max(1.0, self._micro_batches / self._done)], dtype=torch.float64)
         found = {}
         for name, p in self._parameters.items():
@@ -45,6 +55,8 @@ class Moments:
         if self._micro_batches == 1:
             return []
         if id(p) not in self._squares:
-            self._squares[id(p)] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            # In the order of its axes, so that views of it as a matrix are views.
+            self._squares[id(p)] = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
         before = p.new_zeros(()).expand(p.shape) if p.grad is None or self._done == 1 else p.grad.detach()
         return [before.detach(), self._squares[id(p)]]

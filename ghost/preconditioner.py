@@ -85,6 +85,11 @@ class SGDRule(UpdateRule):
 
     def _refuse(self, optimizer: torch.optim.Optimizer) -> None:
         refuse_settings(optimizer, maximize=False)
+        if self._credit is Credit.STEP and not any(group["momentum"] for group in optimizer.param_groups):
+            raise GhostConfigError(
+                "credit='step' has no effect with SGD without momentum, whose step is a gradient's whole "
+                "effect: leave it out."
+            )
 
     def factor(self, p: nn.Parameter) -> float:
         group = self._group(p)

@@ -55,7 +55,8 @@ def refuse_second_order(model: nn.Module, scaler: Any) -> None:
 
 
 def refuse_gradients_left(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise `ProtocolError` where a step begins with gradients of another: they would count as its samples'.
+    """Raise `ProtocolError` where a step begins with gradients of another: they would count as its samples',
+    or move the weights without being seen.
 
     Args:
         parameters: What the optimizer trains, by name.
@@ -63,8 +64,8 @@ def refuse_gradients_left(parameters: Mapping[str, nn.Parameter]) -> None:
     for name, p in parameters.items():
         if p.grad is not None and bool(p.grad.any()):
             raise ProtocolError(
-                f"{name}.grad is not zero where a step begins, and order=2 takes the gradients at its end "
-                "for those of its samples: call optimizer.zero_grad() before the step."
+                f"{name}.grad is not zero where a step begins, and these scores are of the step that the "
+                "optimizer takes, with all that is in it: call optimizer.zero_grad() before the step."
             )
 
 

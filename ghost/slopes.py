@@ -2,7 +2,8 @@
 element, by what the optimizer makes of the batch's gradient (`ghost.preconditioner`).
 """
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from ghost.choice import Algebra, Choices
 from ghost.discovery import shared_parameters
-from ghost.gradients import SampleGradients
+from ghost.distributed import fetched
+from ghost.errors import UnsupportedModelError
+from ghost.gradients import OuterProducts, SampleGradients
 from ghost.layers import Layer
 from ghost.preconditioner import AdamStep
 from ghost.step import Parts, StepState, Unit, part_scores
-from ghost.taps import Grads, Tap
-from ghost.weighted import Piece, Weigher, adam_sum_and_dots, parts_of, sum_and_dots, sum_and_weights
+from ghost.taps import Grads, Tap, note_backward
+from ghost.weighted import NUMBERS, Piece, Weigher, adam_sum_and_dots, parts_of, sum_and_dots, sum_and_weights
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,40 @@ class SlopeTap(Tap):
         each = len(tensors) // max(1, len(self.scored))
         return {key: tensors[i * each : (i + 1) * each] for i, key in enumerate(self.scored)}
 
+    @abstractmethod
+    def _sides(
+        self, gradients: SampleGradients, unit: Unit
+    ) -> tuple[SampleGradients, Callable[[], Tensor] | None]:
+        """The training samples' gradients, and what finds the validation gradient `[C, *shape]` of this use;
+        None where that of all uses is given.
+        """
+
+    def fetch(self, targets: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """All but the step's numbers, which are read on the CPU."""
+        return [t if _are_numbers(t) else fetched(t, device) for t in targets]
+
+    def backward(
+        self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
+    ) -> Grads:
+        note_backward(self.layer, self.state, "preconditioner='none'")
+        behind = self._by_key(targets)
+        totals: Grads = []
+        dots: Grads = []
+        for key, both in gradients.items():
+            train, find = self._sides(both, unit)
+            if key not in self.scored:
+                totals.append(train.sum())
+                continue
+            given, found, moments = None, None, behind[key]
+            if find is None:
+                given, *moments = moments
+            else:
+                found = find()
+            total, dot = self._settle(key, train, given, found, moments, unit)
+            totals.append(total)
+            dots.append(dot)
+        return totals + dots + [None] * len(targets)
+
     def _settle(
         self, key: str, train: SampleGradients, given: Tensor | None, found: Tensor | None,
         moments: Sequence[Tensor], unit: Unit,
@@ -77,7 +114,7 @@ class SlopeTap(Tap):
         m, v, p, *earlier = (moment.reshape(_matrix(shape)) for moment in rest)
         before, squares = earlier or (None, None)
         chunk, _ = self.choices.plan(key)
-        if not torch.compiler.is_compiling() and len(shape) > 1:
+        if not torch.compiler.is_compiling() and isinstance(train, OuterProducts):
             self.choices.write(self.layer.qualified(key), Algebra.FUSED)
         if len(uses) == 1 and tuple(uses[0].parts) == (None,):
             total, dots = adam_sum_and_dots(
@@ -98,10 +135,22 @@ class SlopeTap(Tap):
             return [use]
         p, calls = id(self.layer.params[key]), self.state.ledger.calls
         waiting = [*self.state.slope_uses.pop(p, ()), use]
-        if len(waiting) < sum(calls[name] for name in self.sharers.get(key, (self.layer.name,))):
+        expected = sum(calls[name] for name in self.sharers.get(key, (self.layer.name,)))
+        if expected < len(waiting) and key in self.shared:
+            raise UnsupportedModelError(
+                f"layer {self.layer.name!r} shares its {key} and runs under re-entrant activation "
+                "checkpointing, which hides its uses from each other: checkpoint with use_reentrant=False, "
+                "or set preconditioner='none'."
+            )
+        if len(waiting) < expected:
             self.state.slope_uses[p] = waiting
             return None
         return waiting
+
+
+def _are_numbers(tensor: Tensor) -> bool:
+    """Whether these are a step's numbers and not a tensor of the parameter's size."""
+    return tensor.dtype is torch.float64 and tensor.shape == (NUMBERS,) and tensor.device.type == "cpu"
 
 
 def _matrix(shape: torch.Size) -> tuple[int, int]:
@@ -135,42 +184,20 @@ def _settle_together(
 class ConcatSlopeTap(SlopeTap):
     """Training and validation rows in one batch."""
 
-    def backward(
-        self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
-    ) -> Grads:
-        moments = self._by_key(targets)
-        totals: Grads = []
-        dots: Grads = []
-        for key, both in gradients.items():
-            train, val = both.split(unit.train)
-            if key not in self.scored:
-                totals.append(train.sum())
-                continue
-            found = torch.stack([column.sum() for column in val.columns(unit.sizes)])
-            total, dot = self._settle(key, train, None, found, moments[key], unit)
-            totals.append(total)
-            dots.append(dot)
-        return totals + dots + [None] * len(targets)
+    def _sides(
+        self, gradients: SampleGradients, unit: Unit
+    ) -> tuple[SampleGradients, Callable[[], Tensor] | None]:
+        train, val = gradients.split(unit.train)
+        return train, lambda: torch.stack([column.sum() for column in val.columns(unit.sizes)])
 
 
 class TargetSlopeTap(SlopeTap):
     """The validation gradient is given."""
 
-    def backward(
-        self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
-    ) -> Grads:
-        moments = self._by_key(targets)
-        totals: Grads = []
-        dots: Grads = []
-        for key, train in gradients.items():
-            if key not in self.scored:
-                totals.append(train.sum())
-                continue
-            given, *rest = moments[key]
-            total, dot = self._settle(key, train, given, None, rest, unit)
-            totals.append(total)
-            dots.append(dot)
-        return totals + dots + [None] * len(targets)
+    def _sides(
+        self, gradients: SampleGradients, unit: Unit
+    ) -> tuple[SampleGradients, Callable[[], Tensor] | None]:
+        return gradients, None
 
 
 def slope_taps(
@@ -194,6 +221,6 @@ def slope_taps(
             for key, p in layer.params.items()
             if id(p) in wanted
         }
-        if own:
+        if own or kind is ConcatSlopeTap:  # in a joint batch every layer's gradient is of both sides
             taps.append(kind(layer, own, Algebra.FUSED, state, frozenset(sharers), sharers, choices=choices))
     return taps

@@ -82,6 +82,10 @@ class Tap(ABC):
             )
         return {name: found[name].under(plan) for name, plan in self.plans.items()}
 
+    def fetch(self, targets: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """What the backward is given, whole and where the layer computes."""
+        return [fetched(target, device) for target in targets]
+
     @abstractmethod
     def backward(
         self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
@@ -93,6 +97,24 @@ class Tap(ABC):
             gradients: Per-sample gradients of every trainable parameter.
             targets: Validation gradients `[C, *shape]` of the scored parameters, where the tap has any.
         """
+
+
+def note_backward(layer: Layer, state: StepState, otherwise: str) -> None:
+    """Refuse a second backward through a use whose scores were settled by the first.
+
+    Args:
+        otherwise: What does without the refusal.
+    """
+    if torch.compiler.is_compiling():
+        return
+    ledger, name = state.ledger, layer.name
+    ledger.settled[name] += 1
+    if ledger.settled[name] > max(1, ledger.calls[name]):
+        raise UnsupportedModelError(
+            f"layer {name!r} is differentiated more often than it ran (several backwards through one "
+            "forward, or re-entrant activation checkpointing of a layer that has another use): use "
+            f"{otherwise}, or one backward over the sum of the losses."
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,7 @@ class ConcatTap(Tap):
     def backward(
         self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
     ) -> Grads:
-        self._note_backward()
+        note_backward(self.layer, self.state, "val_mode='separate'")
         totals: Grads = []
         dots: Grads = []
         for key, found in gradients.items():
@@ -125,19 +147,6 @@ class ConcatTap(Tap):
             if parts:
                 dots.append(dot)
         return totals + dots
-
-    def _note_backward(self) -> None:
-        """Refuse a second backward through a use whose scores were settled by the first."""
-        if torch.compiler.is_compiling():
-            return
-        ledger, name = self.state.ledger, self.layer.name
-        ledger.settled[name] += 1
-        if ledger.settled[name] > max(1, ledger.calls[name]):
-            raise UnsupportedModelError(
-                f"layer {name!r} is differentiated more often than it ran (several backwards through one "
-                "forward, or re-entrant activation checkpointing of a layer that has another use): use "
-                "val_mode='separate', or one backward over the sum of the losses."
-            )
 
     def _waits(self, key: str) -> bool:
         """Whether other uses of the parameter have a say in its validation gradient."""
@@ -264,7 +273,7 @@ class TapFunction(Function):
         (grad,) = grads
         x, *targets = ctx.saved_tensors
         gradients = ctx.tap.sample_gradients(x, grad.reshape(ctx.shape))
-        found = ctx.tap.backward(ctx.unit, gradients, [fetched(target, grad.device) for target in targets])
+        found = ctx.tap.backward(ctx.unit, gradients, ctx.tap.fetch(targets, grad.device))
         return None, None, grad, None, None, None, *found
 
 

@@ -19,6 +19,7 @@ from ghost.heads import Part
 from ghost.loss import infer_reduction
 from ghost.manager import unwrap
 from ghost.plain import PlainUse, Rows, plain_uses
+from ghost.preconditioner import Preconditioner
 from ghost.trial import ScoredStep, TrialStep
 from ghost.validation import ValData, model_loss
 from ghost.verification import Verification, layer_checks, score_deviation
@@ -68,6 +69,11 @@ def verify(
         raise GhostConfigError(
             f"engine={settings.engine!r} takes no gradient dot products, so there is nothing to verify: use "
             "engine='graddotprod'."
+        )
+    if settings.preconditioner is not Preconditioner.NONE:
+        raise GhostConfigError(
+            f"preconditioner={settings.preconditioner.value!r} is of a step that verify() does not take: it "
+            "checks plain inner products, so set it to 'none'."
         )
     inner = unwrap(model)
     if is_sharded(inner) or ranks_of(model, {"ddp": False}).world_size > 1:

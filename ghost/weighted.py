@@ -6,19 +6,24 @@ them anyway, and while they are in the cache their sum, their norm over the samp
 products are taken.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ghost import algebra
 from ghost.algebra import FUSED_TILE, accumulation_dtype
 from ghost.gradients import Materialised, OuterProducts, RowGathers, SampleGradients
 from ghost.preconditioner import AdamStep, slope
 from ghost.step import Unit
 
-BLOCK = 1 << 15
-"""Elements for each thread that are taken through the arithmetic of the weights at once."""
+NUMBERS = 7
+"""Of a step: those of `AdamStep`, and `Weigher.reach`."""
+
+BLOCK = 1 << 16
+"""Elements for each thread of a CPU that are taken through the arithmetic of the weights at once."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,11 @@ class Piece:
         """The training samples' gradients in a unit."""
         return cls(gradients, unit.row, unit.rows)
 
-    def tile(self, rows: slice) -> Tensor:
-        """The samples' gradients at some rows of the parameter, `[b, r, n]`."""
-        found = self.gradients.tile(rows)
+    def tile(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        """The samples' gradients at some rows of the parameter, `[b, r, n]`; `out` is space for them."""
         if self.row is None:
-            return found
+            return self.gradients.tile(rows, out)
+        found = self.gradients.tile(rows)
         return found.new_zeros(self.rows, *found.shape[1:]).index_add_(0, self.row, found)
 
 
@@ -135,22 +140,34 @@ def _tiles(pieces: Sequence[Piece], targets: Tensor, chunk: int) -> Iterator[tup
     size = pieces[0].gradients.example.element_size()
     most = min(FUSED_TILE, chunk // (len(pieces) * size))
     step = max(1, min(m, most // (max(1, pieces[0].rows) * n)))
-    block = max(1, BLOCK * torch.get_num_threads() // n)
+    on_cpu = pieces[0].gradients.example.device.type == "cpu"
+    block = max(1, BLOCK * torch.get_num_threads() // n) if on_cpu else step
     for lo in range(0, m, step):
-        tiles = [piece.tile(slice(lo, min(lo + step, m))) for piece in pieces]
-        for at in range(0, min(step, m - lo), block):
+        part = slice(lo, min(lo + step, m))
+        shape = pieces[0].rows, part.stop - lo, n
+        first = pieces[0].tile(part, algebra.scratch(pieces[0].gradients.example, shape))
+        tiles = [first, *(piece.tile(part) for piece in pieces[1:])]
+        for at in range(0, shape[1], block):
             parts = [tile[:, at : at + block] for tile in tiles]
             yield slice(lo + at, lo + at + parts[0].shape[1]), parts
 
 
 def _weights(rows: slice, tiles: Sequence[Tensor], total: Tensor, weigher: Weigher) -> Tensor:
     """The weights of a block of rows `[r, n]`; the gradient there goes to `total`."""
-    whole = tiles[0] if len(tiles) == 1 else torch.stack(list(tiles)).sum(0)
+    whole = functools.reduce(torch.add, tiles)
     torch.sum(whole, 0, out=total[rows])
-    squares = torch.zeros_like(total[rows])
-    for sample in whole:  # a norm over the first axis would read against the grain
-        squares.addcmul_(sample, sample)
-    return weigher(rows, total[rows], squares)
+    return weigher(rows, total[rows], _squares(whole))
+
+
+def _squares(samples: Tensor) -> Tensor:
+    """The sum of the samples' squares, `[b, r, n]` to `[r, n]`, in float32 at least."""
+    dtype = accumulation_dtype(samples.dtype)
+    if samples.device.type != "cpu":
+        return samples.to(dtype).square().sum(0)
+    squares = torch.zeros(samples.shape[1:], dtype=dtype)
+    for sample in samples:  # a norm over the first axis would read against the grain
+        squares.addcmul_(sample.to(dtype), sample.to(dtype))
+    return squares
 
 
 def _add_dots(dots: Tensor, samples: Tensor, columns: Tensor) -> None:

@@ -5,7 +5,7 @@ step is rehearsed on tensors without memory.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -36,11 +36,7 @@ def report(cfg: DictConfig) -> None:
     table.add_row("model", f"{cfg.model.name}, {parameters:,} parameters in {cfg.dtype.model}")
     for name, size in _work(cfg).items():
         table.add_row(name, size)
-    try:
-        rows = memory_rows(planned_memory(cfg, facts))
-    except NoEstimateError as error:
-        rows = [("memory", str(error))]
-    for row in rows:
+    for row in memory_rows(lambda: planned_memory(cfg, facts)):
         table.add_row(*row)
     for remark in _remarks(cfg):
         table.add_row("", remark)
@@ -79,8 +75,12 @@ def _val_rows(cfg: DictConfig) -> Mapping[str, int]:
     return {"": cfg.data.val_samples - cfg.data.test_samples}
 
 
-def memory_rows(estimate: MemoryEstimate) -> list[tuple[str, str]]:
-    """The estimate as rows of a table."""
+def memory_rows(estimated: Callable[[], MemoryEstimate]) -> list[tuple[str, str]]:
+    """The estimate as rows of a table, the total last; or the one row that says why there is none."""
+    try:
+        estimate = estimated()
+    except NoEstimateError as error:
+        return [("memory", str(error))]
     terms = [(f"memory: {name}", readable(size)) for name, size in estimate.terms.items()]
     kind = "of the GPU's memory" if estimate.on_device else "of host memory"
     return [*terms, ("memory: total", f"{readable(estimate.total)} {kind}")]

@@ -28,7 +28,7 @@ def report_projection(cfg: DictConfig) -> None:
     row = row_bytes(layout, str(cfg.engine.storage))
     device = planned_device(cfg)
     config = projection_config(cfg, build_task(cfg, device))
-    memory = memory_rows(estimate_memory(cfg, config, facts, {}, device))
+    memory = memory_rows(lambda: estimate_memory(cfg, config, facts, {}, device))
     table = Table(title="dry run: nothing was projected", show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")

@@ -30,9 +30,8 @@ from conf.errors import UserError
 from ghost.errors import GhostError
 from runners.cli import refuse_earlier_run
 from runners.config import GROUPS
-from runners.dryrun import data_facts, planned_memory
+from runners.dryrun import data_facts, memory_rows, planned_memory
 from runners.experiment_file import register_experiment_files
-from runners.progress import readable
 from runners.report import REPORT_FILE
 from runners.retrain_config import again_config, check_retrain, number_of_runs, score_config, test_samples
 from runners.retrain_runs import Runs, begin
@@ -156,8 +155,8 @@ def plan(cfg: DictConfig) -> Table:
     test = test_samples(cfg)
     table.add_row("held-out samples", f"{cfg.data.val_samples - test} to score with, {test} to compare on")
     score = score_config(cfg, 0)
-    memory = planned_memory(score, data_facts(score)).total
-    table.add_row("memory of a scored run", readable(memory))
+    _, memory = memory_rows(lambda: planned_memory(score, data_facts(score)))[-1]
+    table.add_row("memory of a scored run", memory)
     table.add_row("output directory", cfg.output_dir)
     return table
 

@@ -32,6 +32,8 @@ class Engine(ABC):
         loss_fn: The loss on a validation batch; None for a Hugging Face model's own.
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
         ranks: The processes whose gradients the loop averages.
+        optimizer: The loop's, for engines whose scores are about its step; None in a loop that trains
+            nothing.
 
     Attributes:
         name: What `config.engine` says.
@@ -67,6 +69,13 @@ class Engine(ABC):
     def val_rows(self) -> Tensor:
         """Which validation rows the latest scores are about, `[v]` int64."""
         return torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether scores depend on all of the gradient that the optimizer gets, so that nothing may be in it
+        when a step begins.
+        """
+        return False
 
     @abstractmethod
     def attach(self) -> None:

@@ -12,7 +12,7 @@ from ghost.batch import Inputs, plain
 from ghost.choice import Choices
 from ghost.config import GhostConfig, Resolution, ValMode
 from ghost.coverage import refuse_gaps
-from ghost.distributed import ALONE, Ranks
+from ghost.distributed import ALONE, Ranks, is_sharded
 from ghost.engines.base import LayerScores, LossFn, register_engine
 from ghost.engines.tapped import TappedEngine
 from ghost.errors import GhostConfigError, ProtocolError, UnsupportedModelError
@@ -90,7 +90,10 @@ class GradDotProdEngine(TappedEngine):
                 f"preconditioner={wanted.value!r} reads an optimizer's state, and there is none: give one, "
                 "or set it to 'none'."
             )
-        for found, what in ((self.ranks.world_size > 1, "several ranks"), (self.scaler, "a GradScaler")):
+        for found, what in (
+            (self.ranks.world_size > 1 or is_sharded(self.model), "several ranks or fully_shard"),
+            (self.scaler, "a GradScaler"),
+        ):
             if found:
                 raise GhostConfigError(
                     f"preconditioner={wanted.value!r} does not work with {what}, since the gradient that the "
@@ -118,6 +121,10 @@ class GradDotProdEngine(TappedEngine):
         if self.config.order == 2:
             return SecondOrderValidation(*what, loss_fn, self.scaler, self._kept)
         return SeparateValidation(*what, loss_fn, self.scaler, self._rule)
+
+    @property
+    def reads_gradients(self) -> bool:
+        return self.config.order == 2 or isinstance(self._rule, AdamRule)
 
     @property
     def instrument(self) -> Instrument:
@@ -158,6 +165,11 @@ class GradDotProdEngine(TappedEngine):
         return self.validation.state_dict() | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if ("clip" in state) is not (self._rule is not None):
+            raise GhostConfigError(
+                f"state is of a manager {'without' if self._rule else 'with'} a preconditioner: go on with "
+                "the settings that it was taken from."
+            )
         self.validation.load_state_dict(state)
         if self._rule is not None:
             self._rule.clip = state["clip"]

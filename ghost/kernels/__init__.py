@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ghost.kernels.tiles import CHUNK_BYTES
+
 log = logging.getLogger(__name__)
 
 MOST_COLUMNS = 8
@@ -46,17 +48,20 @@ def serves(device: str, dtype: torch.dtype, columns: int) -> bool:
     return (short or tf32) and installed()
 
 
-def sum_and_dots(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def sum_and_dots(
+    left: Tensor, right: Tensor, targets: Tensor, chunk: int = CHUNK_BYTES
+) -> tuple[Tensor, Tensor]:
     """`ghost.algebra.fused_sum_and_dots` for what this module `serves`."""
     from ghost.kernels import fused
 
-    return fused.sum_and_dots(left, right, targets)
+    return fused.sum_and_dots(left, right, targets, chunk=chunk)
 
 
 def sum_and_scores(
-    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+    left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: Sequence[int],
+    chunk: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ghost.algebra.fused_sum_and_scores` for what this module `serves`."""
     from ghost.kernels import fused
 
-    return fused.sum_and_scores(left, right, val_left, val_right, sizes)
+    return fused.sum_and_scores(left, right, val_left, val_right, sizes, chunk=chunk)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ghost.kernels import programs
-from ghost.kernels.tiles import Cut, candidates, chunks
+from ghost.kernels.tiles import CHUNK_BYTES, Cut, candidates, chunks
 from ghost.kernels.tuning import choose
 
 ROW = 16
@@ -21,7 +21,7 @@ ROW = 16
 
 
 def sum_and_dots(
-    left: Tensor, right: Tensor, targets: Tensor, cut: Cut | None = None
+    left: Tensor, right: Tensor, targets: Tensor, cut: Cut | None = None, chunk: int = CHUNK_BYTES
 ) -> tuple[Tensor, Tensor]:
     """The summed gradient `[m, n]` in the factors' dtype, and every sample's inner products with the targets,
     `[b, C]` float32.
@@ -30,18 +30,19 @@ def sum_and_dots(
         left, right: `[b, T, m]`, `[b, T, n]`; bfloat16, float16, or float32, which is multiplied as TF32.
         targets: `[C, m, n]`, any floating dtype.
         cut: How the work is cut; None for the fastest, timed once for each shape.
+        chunk: Bytes to hold at once beside the arguments and results; more than `CHUNK_BYTES` are not taken.
     """
     total, dots = _outputs(left, right, len(targets))
     with torch.cuda.device_of(left):
         right = aligned(right)
-        for rows in chunks(left.shape[2], copied_bytes(left)):
+        for rows in chunks(left.shape[2], copied_bytes(left), chunk):
             dots += _launch(aligned(left[:, :, rows]), right, targets[:, rows], total[rows], cut)
     return total, dots
 
 
 def sum_and_scores(
     left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: Sequence[int],
-    cut: Cut | None = None,
+    cut: Cut | None = None, chunk: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`sum_and_dots` with the targets summed from validation samples, in float32.
 
@@ -49,14 +50,14 @@ def sum_and_scores(
         left, right: `[b, T, m]`, `[b, T, n]`.
         val_left, val_right: `[v, S, m]`, `[v, S, n]`.
         sizes: Validation samples of each column; they add up to v.
-        cut: As for `sum_and_dots`.
+        cut, chunk: As for `sum_and_dots`.
     """
     total, dots = _outputs(left, right, len(sizes))
     n = right.shape[2]
     row_bytes = copied_bytes(left) + copied_bytes(val_left) + 4 * len(sizes) * n
     with torch.cuda.device_of(left):
         right, val_right = aligned(right), aligned(val_right)
-        for rows in chunks(left.shape[2], row_bytes):
+        for rows in chunks(left.shape[2], row_bytes, chunk):
             targets = total.new_empty(len(sizes), rows.stop - rows.start, n, dtype=torch.float32)
             nothing = targets[:0]
             val_columns = aligned(val_left[:, :, rows]).split(sizes), val_right.split(sizes)

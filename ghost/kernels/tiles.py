@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 CHUNK_BYTES = 256 << 20
-"""What a launch may hold beside its arguments: copies with aligned rows, and validation gradients."""
+"""The most that a launch holds beside its arguments: copies with aligned rows, and validation gradients."""
 
 FLOPS_PER_BYTE = 200
 """Products that a large GPU of today takes in the time in which its memory moves a byte."""
@@ -74,8 +74,10 @@ def candidates(itemsize: int) -> tuple[Tiles, ...]:
     return SHORT if itemsize == 2 else LONG
 
 
-def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
-    """`rows` in slices that hold `CHUNK_BYTES` at most, if 128 rows do; each begins on a multiple of 128."""
-    step = max(1, CHUNK_BYTES // max(1, row_bytes) // 128) * 128
+def chunks(rows: int, row_bytes: int, most: int = CHUNK_BYTES) -> Iterator[slice]:
+    """`rows` in slices that hold `most` and `CHUNK_BYTES` at most, if 128 rows do; each begins on a multiple
+    of 128.
+    """
+    step = max(1, min(most, CHUNK_BYTES) // max(1, row_bytes) // 128) * 128
     for low in range(0, rows, step):
         yield slice(low, min(low + step, rows))

@@ -12,7 +12,7 @@ from torch import nn
 
 from conf.errors import UserError, first_line
 from ghost import GhostConfig
-from ghost.errors import UnsupportedModelError
+from ghost.errors import GhostError, UnsupportedModelError
 from runners.data.base import DataBundle
 from runners.memory.rehearsal import GRADIENTS, OPTIMIZER, TARGETS, WEIGHTS, Rehearsal
 from runners.models.hf_config import DataFacts
@@ -78,14 +78,17 @@ def estimate_memory(
         device: Where the run computes.
 
     Raises:
-        ConfigError, GhostConfigError: As the run itself would.
-        NoEstimateError: The model asks for values that the rehearsal does not have.
+        ConfigError, GhostError: As the run itself would.
+        NoEstimateError: The model asks for values that the rehearsal does not have, or cannot be scored,
+            which the run says of the model itself.
     """
     held = psutil.Process().memory_info().rss
     rehearsal = Rehearsal(cfg, config, facts, val_rows, device)
     try:
         peak = rehearsal.peak()
-    except (RuntimeError, TypeError, ValueError, AttributeError, UnsupportedModelError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, GhostError) and not isinstance(error, UnsupportedModelError):
+            raise
         raise NoEstimateError(f"memory cannot be estimated: {first_line(error)}") from error
     terms = _split(cfg, peak, rehearsal.model)
     if device.type == "cpu":

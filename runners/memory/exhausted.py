@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +24,7 @@ from runners.memory.rehearsal import (
 _PASS = (ACTIVATIONS, LOGITS, BACKWARD)
 _SHOWN = 6  # keys in a sentence
 _WORTH = 0.03  # of the estimate: what holds less is not worth a key
+_FEW_MB = 8  # of `engine.chunk_mb`: less would take calls and free next to nothing
 
 
 class MemoryExhaustedError(UserError):
@@ -36,10 +38,12 @@ class Advice:
     Attributes:
         text: What to do with it.
         terms: What of the estimate it bounds.
+        most: Bytes that it can free at most.
     """
 
     text: str
     terms: tuple[str, ...]
+    most: float = inf
 
 
 @contextmanager
@@ -65,7 +69,10 @@ def _ranked(cfg: DictConfig, estimate: MemoryEstimate | None) -> list[str]:
     """What would help, the most first; without an estimate in the order of the list."""
     found = list(_advice(cfg, estimate is not None and estimate.on_device))
     if estimate is not None:
-        held = {advice: sum(estimate.terms.get(term, 0) for term in advice.terms) for advice in found}
+        held = {
+            advice: min(advice.most, sum(estimate.terms.get(term, 0) for term in advice.terms))
+            for advice in found
+        }
         worth = [advice for advice in found if held[advice] >= _WORTH * estimate.total]
         found = sorted(worth, key=held.__getitem__, reverse=True)
     return [advice.text for advice in found[:_SHOWN]] or ["take a smaller model or a larger machine"]
@@ -96,15 +103,21 @@ def _scoring(cfg: DictConfig, on_device: bool) -> Iterator[Advice]:
     engine = cfg.engine
     if engine.val_batch_size > 1:
         yield Advice(f"lower engine.val_batch_size={engine.val_batch_size}", _PASS)
+    if engine.order == 2:
+        yield Advice("type engine.order=1", (ACTIVATIONS, BACKWARD))
+    if engine.chunk_mb > _FEW_MB:
+        yield Advice(f"lower engine.chunk_mb={engine.chunk_mb}", (BACKWARD,), engine.chunk_mb << 20)
     if engine.val_mode == "concat":
         return
     if engine.pairwise:
         yield Advice("type engine.pairwise=false", (TARGETS,))
     if engine.val_sets != "one":
         yield Advice("type engine.val_sets=one", (TARGETS,))
-    if engine.val_grad_device == "model" and on_device:
+    if engine.val_grad_device == "model" and on_device and cfg.hardware.strategy != "fsdp":
         yield Advice("type engine.val_grad_device=cpu", (TARGETS,))
-    yield Advice("type engine.val_mode=concat", (TARGETS,))
+    needs_own_pass = engine.order == 2 or engine.bitwise or engine.val_every > 1
+    if not needs_own_pass and engine.val_grad_device == "model":
+        yield Advice("type engine.val_mode=concat", (TARGETS,))
 
 
 def _training(cfg: DictConfig) -> Iterator[Advice]:
@@ -116,8 +129,9 @@ def _training(cfg: DictConfig) -> Iterator[Advice]:
         yield Advice("type trainer.activation_checkpointing=true", (ACTIVATIONS,))
     if cfg.dtype.autocast is None and cfg.dtype.model in ("float32", "float64"):
         yield Advice("type dtype=bf16_mixed", (ACTIVATIONS,))
-    if cfg.optimizer.name == "adamw":
+    scores_adam = OmegaConf.select(cfg, "engine.preconditioner") == "adam"
+    if cfg.optimizer.name in ("adam", "adamw") and not scores_adam:
         yield Advice("type optimizer=sgd", (OPTIMIZER,))
-    if cfg.hardware.strategy == "ddp":
+    if cfg.hardware.strategy == "ddp" and OmegaConf.select(cfg, "engine.order") != 2:
         yield Advice("type hardware.strategy=fsdp", (WEIGHTS, OPTIMIZER, GRADIENTS))
     yield Advice("take a smaller model", (WEIGHTS,))

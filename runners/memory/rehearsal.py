@@ -23,6 +23,7 @@ from ghost.config import ValMode
 from ghost.engines.graddotprod import GradDotProdEngine
 from ghost.gram import exact_gram
 from ghost.items import Items
+from ghost.memory import release_scratch
 from ghost.nesting import leaves
 from runners.losses import build_task
 from runners.memory.rows import empty_rows
@@ -60,7 +61,7 @@ class Rehearsal:
         self, cfg: DictConfig, config: GhostConfig, facts: DataFacts, val_rows: Mapping[str, int],
         device: torch.device,
     ) -> None:  # fmt: skip
-        self.cfg, self.facts = cfg, facts
+        self.cfg, self.facts, self._device = cfg, facts, device
         self.config, self.val_rows = replace(config, result_dir=None), val_rows
         self.task = build_task(cfg, device)
         self.model = _without_memory(build_on_meta(cfg.model, facts), parameter_dtype(cfg.dtype), device)
@@ -70,7 +71,7 @@ class Rehearsal:
 
     def peak(self) -> Counter[str]:
         """Bytes by what they hold when most is held."""
-        with torch.random.fork_rng(self.task.cuda_devices()), _unsaid(), self._tally:
+        with torch.random.fork_rng(self.task.cuda_devices()), _unsaid(), _own_scratch(), self._tally:
             if self.cfg.trainer.eval_only:
                 self._evaluate()
                 further: Counter[str] = Counter()
@@ -207,12 +208,16 @@ class Rehearsal:
         found = Counter({VAL_ROWS: rows * sum(_bytes(leaf) for _, leaf in leaves(one))})
         engine = manager.engine
         if isinstance(engine, GradDotProdEngine) and self.config.val_mode is ValMode.SEPARATE:
-            targets = engine.state.targets.values()
             columns = rows - self._rehearsed(rows) if self.config.pairwise else 0
             if self.config.val_every > 1:  # a step that fails goes back to what was before it
                 columns += rows if self.config.pairwise else len(self.val_rows)
-            found[TARGETS] = columns * sum(target[0].nbytes for target in targets)
+            found[TARGETS] = columns * self._target_bytes(engine)
         return found
+
+    def _target_bytes(self, engine: GradDotProdEngine) -> int:
+        """Bytes of the device in one column's validation gradient; tied parameters have one tensor."""
+        targets = {id(target): target for target in engine.state.targets.values()}.values()
+        return sum(target[0].nbytes for target in targets if target.device.type == self._device.type)
 
 
 @contextmanager
@@ -226,6 +231,16 @@ def _unsaid() -> Iterator[None]:
             yield
     finally:
         library.setLevel(level)
+
+
+@contextmanager
+def _own_scratch() -> Iterator[None]:
+    """What the library keeps between steps is the rehearsal's own, and goes with it."""
+    release_scratch()
+    try:
+        yield
+    finally:
+        release_scratch()
 
 
 def _bytes(leaf: Any) -> int:

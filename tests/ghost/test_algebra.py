@@ -6,6 +6,7 @@ from itertools import accumulate
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ghost import algebra
 from tests.ghost.harness import assert_near
@@ -127,6 +128,14 @@ def test_results_of_earlier_calls_survive_the_shared_buffer() -> None:
     algebra.fused_sum_and_scores(left * 3, right, val_left, val_right, [3])
     for was, now in zip(first, kept, strict=True):
         assert torch.equal(was, now)
+
+
+def test_a_rehearsal_on_tensors_without_memory_leaves_no_buffer() -> None:
+    sides = factors((4, 6, 3, 5, 37, 29), torch.float32)
+    with FakeTensorMode():
+        algebra.tiled_sum_and_scores(*(torch.empty(side.shape) for side in sides), [3])
+    total, _ = algebra.tiled_sum_and_scores(*sides, [3])
+    assert_near(total, per_sample(*sides[:2]).sum(0), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 1), (3, 2, 5)])

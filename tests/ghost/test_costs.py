@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ghost import costs
+from ghost import costs, kernels
 from ghost.costs import Problem
 
 
@@ -50,15 +50,25 @@ def test_a_device_with_a_kernel_takes_its_tiles_for_free(monkeypatch: pytest.Mon
     problem = Problem(16, 1024, 768, 3072, 1024, dtype=torch.bfloat16, device="cuda")
     found = {}
     for there in (True, False):
-        monkeypatch.setattr(costs, "find_spec", lambda name, there=there: name if there else None)
-        costs.weights.cache_clear()
-        costs.costs.cache_clear()
+        monkeypatch.setattr(kernels, "serves", lambda *_, there=there: there)
         found[there] = costs.costs(problem)
-    costs.weights.cache_clear()
-    costs.costs.cache_clear()
     assert found[True]["fused"] < found[False]["fused"]
     assert min(found[True], key=found[True].__getitem__) == "fused"
     assert found[True]["target"] == found[False]["target"]
+
+
+def test_the_kernel_is_counted_for_as_many_columns_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more columns the tiles go through memory, as where there is no kernel."""
+    most = kernels.MOST_COLUMNS
+    found = {}
+    for there in (True, False):
+        serves = lambda device, dtype, columns, there=there: there and columns <= most  # noqa: E731
+        monkeypatch.setattr(kernels, "serves", serves)
+        for columns in (most, most + 1):
+            problem = Problem(16, 1024, 768, 768, 0, columns, dtype=torch.bfloat16, device="cuda")
+            found[there, columns] = costs.costs(problem)["fused"]
+    assert found[True, most] < found[False, most]
+    assert found[True, most + 1] == found[False, most + 1]
 
 
 def test_a_smaller_chunk_costs_more_calls() -> None:

@@ -176,6 +176,19 @@ def test_layers_under_reentrant_checkpointing_are_refused() -> None:
         exact_gram(model, GhostConfig(), X, X, causal_loss, parameters=[*inner, "transformer.ln_f.weight"])
 
 
+def test_what_a_config_says_of_other_scores_changes_nothing() -> None:
+    model, X = tiny_gpt2(), tokens(3, 9)
+    names = ["transformer.ln_f.weight"]
+    expected = exact_gram(model, GhostConfig(), X, X, causal_loss, parameters=names)
+    for config in (
+        GhostConfig(val_mode="separate", order=2),
+        GhostConfig(val_mode="separate", val_every=2, val_grad_device="cpu"),
+        GhostConfig(preconditioner="adam", credit="step"),
+    ):
+        gram = exact_gram(model, config, X, X, causal_loss, parameters=names)
+        assert torch.equal(gram[names[0]], expected[names[0]])
+
+
 def test_the_config_of_a_projection_run_serves() -> None:
     model, X = tiny_gpt2(), tokens(3, 9)
     config = GhostConfig(engine="gradprojlora", weight_grads=False)

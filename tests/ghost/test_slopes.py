@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import ghost
 from ghost import GhostEngineManager, LossReduction
 from ghost.batch import row_count
-from ghost.errors import GhostConfigError
-from ghost.weighted import adam_sum_and_dots
+from ghost.errors import GhostConfigError, ProtocolError, UnsupportedModelError
+from ghost.weighted import _squares, adam_sum_and_dots
 from tests.ghost import models, reference
 from tests.ghost.harness import assert_gradients, assert_near, grads_of
 from tests.ghost.reference import Gradient, LossFn, Rows
@@ -181,7 +181,7 @@ def test_accumulation_takes_what_it_has_seen_for_the_step(text: tuple[Rows, Rows
 @pytest.mark.parametrize(
     ("settings", "credit", "warm", "factor"),
     [
-        ({}, "step", 2, 1.0),
+        ({}, "trajectory", 2, 1.0),
         ({"momentum": 0.9}, "step", 0, 1.0),
         ({"momentum": 0.9, "dampening": 0.5}, "step", 2, 0.5),
         ({"momentum": 0.9, "nesterov": True}, "step", 2, 1.9),
@@ -345,7 +345,101 @@ def test_the_last_steps_clipping_is_taken_for_this_ones(text: tuple[Rows, Rows])
 
 
 @pytest.mark.parametrize("val_mode", ["concat", "separate"])
+def test_layers_that_are_not_scored_keep_their_own_gradient(val_mode: str) -> None:
+    torch.manual_seed(0)
+    model, loss_fn = models.mlp().double(), reference.class_loss
+    train, val = models.table(4), models.table(3)
+    train, val = ((X.double(), Y) for X, Y in (train, val))
+    optimizer = warmed(model, torch.optim.AdamW, val, loss_fn, 1)
+    plain = reference.gradient(model, loss_fn(model, *train))
+    selection = ghost.Selection(include=("0",))
+    config = {"val_mode": val_mode, "selection": selection, "loss_reduction": "sample_mean"}
+    scored(model, optimizer, config, train, val, loss_fn)
+    assert_gradients(grads_of(model), plain)
+
+
+def test_several_micro_batches_of_images_in_another_order_of_memory() -> None:
+    """The squares of earlier micro-batches are found again, however the optimizer's state lies."""
+    torch.manual_seed(0)
+    model, (X, Y), val = _pictures()
+    loss_fn, found = reference.class_loss, []
+    for order in (torch.contiguous_format, torch.channels_last):
+        other = copy.deepcopy(model).to(memory_format=order)
+        optimizer = warmed(other, torch.optim.AdamW, val, loss_fn, 2)
+        config = {"preconditioner": "auto", "loss_reduction": "sample_mean", "gradient_accumulation_steps": 2}
+        manager = GhostEngineManager(config, other, optimizer, val_data=val)
+        for lo in (0, 2):
+            rows = X[lo : lo + 2], Y[lo : lo + 2]
+            with manager.step(*rows, batch_idx=[lo, lo + 1], iteration=0, last=lo == 2) as step:
+                step.backward(loss_fn(other, step.X, step.Y))
+        found.append(manager.scores)
+    assert_near(found[1], found[0])
+
+
+def _opened(text: tuple[Rows, Rows], **config: Any) -> tuple[GhostEngineManager, nn.Module]:
+    _, val = text
+    model = models.tiny_gpt2()
+    optimizer = warmed(model, torch.optim.AdamW, val, reference.causal_loss, 1)
+    config = {"preconditioner": "auto", "val_mode": "separate"} | config
+    return GhostEngineManager(config, model, optimizer, val_data=val), model
+
+
+def test_a_second_backward_through_one_forward_is_refused(text: tuple[Rows, Rows]) -> None:
+    manager, model = _opened(text)
+    (X, Y), _ = text
+    manager.attach_train_batch(X, Y, 0, range(5))
+    loss = reference.causal_loss(model, X, Y)
+    (loss / 2).backward(retain_graph=True)
+    with pytest.raises(UnsupportedModelError, match=r"differentiated more often.*preconditioner='none'"):
+        (loss / 2).backward()
+
+
+def test_more_micro_batches_than_were_said_are_refused(text: tuple[Rows, Rows]) -> None:
+    manager, model = _opened(text)
+    (X, Y), _ = text
+    for number in range(2):
+        share = {"share": 0.5}
+        if number:
+            with pytest.raises(ProtocolError, match=r"more micro-batches than gradient_accumulation_steps=1"):
+                manager.attach_train_batch(X, Y, 0, range(5), **share)
+        else:
+            manager.attach_train_batch(X, Y, 0, range(5), **share)
+            (reference.causal_loss(model, X, Y) / 2).backward()
+
+
+def test_gradients_of_another_step_are_refused(text: tuple[Rows, Rows]) -> None:
+    manager, model = _opened(text)
+    (X, Y), _ = text
+    reference.causal_loss(model, X, Y).backward()
+    with pytest.raises(ProtocolError, match=r"grad is not zero where a step begins"):
+        manager.attach_train_batch(X, Y, 0, range(5))
+
+
+def test_state_of_other_settings_is_refused(text: tuple[Rows, Rows]) -> None:
+    manager, model = _opened(text)
+    state = manager.state_dict()
+    assert state["engine"]["clip"] == 1.0
+    manager.cleanup()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(GhostConfigError, match=r"state is of a manager with a preconditioner"):
+        GhostEngineManager({"val_mode": "separate"}, model, optimizer, val_data=text[1], state=state)
+
+
+def test_verify_is_of_plain_scores(text: tuple[Rows, Rows]) -> None:
+    (X, Y), val = text
+    with pytest.raises(GhostConfigError, match=r"preconditioner='auto' is of a step that verify"):
+        ghost.verify(models.tiny_gpt2(), {"preconditioner": "auto"}, (X, Y), val)
+
+
+def test_squares_of_short_floats_do_not_stall() -> None:
+    squares = _squares(torch.ones(600, 1, 2, dtype=torch.bfloat16))
+    assert squares.dtype is torch.float32
+    assert squares.tolist() == [[600.0, 600.0]]
+
+
+@pytest.mark.parametrize("val_mode", ["concat", "separate"])
 def test_compiled(text: tuple[Rows, Rows], val_mode: str) -> None:
+    torch._dynamo.reset()
     train, val = text
     model = models.tiny_gpt2(tied=False).double()
     optimizer = warmed(model, torch.optim.AdamW, val, reference.causal_loss, 1)
@@ -373,6 +467,7 @@ class _Other(torch.optim.SGD):
         (torch.optim.SGD, {}, {"preconditioner": "adam"}, r"'adam' is for Adam and AdamW.*SGD"),
         (torch.optim.AdamW, {"amsgrad": True}, {}, r"AdamW with amsgrad=True"),
         (torch.optim.Adam, {"maximize": True}, {}, r"Adam with maximize=True"),
+        (torch.optim.SGD, {}, {"credit": "step"}, r"credit='step' has no effect with SGD without momentum"),
         (torch.optim.AdamW, {}, {"algebra": "fused"}, r"algebra='fused' has no effect with precond"),
         (torch.optim.AdamW, {}, {"val_mode": "separate", "bitwise": True}, r"set bitwise=False"),
         (torch.optim.AdamW, {}, {"preconditioner": "none", "credit": "step"}, r"credit='step' has no effect"),

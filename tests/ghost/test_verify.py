@@ -330,15 +330,15 @@ class SummedBeforeTheProduct(SuspectRule):
 
 
 class _SummedFirst(OuterProducts):
-    def sum_and_score(self, val: Any, how: Any) -> tuple[Tensor, Tensor]:
+    def sum_and_scores(self, val: Any, sizes: Any, how: Any) -> tuple[Tensor, Tensor]:
         one = OuterProducts(val.left.sum(0, keepdim=True), val.right.sum(0, keepdim=True))
-        return self.sum(), self.pairwise(one).sum(1)  # type: ignore[arg-type]
+        return self.sum(), self.dot(one.sum())[:, None]
 
     def dot(self, target: Tensor) -> Tensor:
         return super().dot(target) * 1.05
 
-    def sum_and_dot(self, target: Tensor, how: Any) -> tuple[Tensor, Tensor]:
-        return self.sum(), self.dot(target)
+    def sum_and_dots(self, targets: Tensor, how: Any) -> tuple[Tensor, Tensor]:
+        return self.sum(), torch.stack([self.dot(target) for target in targets], dim=1)
 
 
 class ForwardWithoutBias(SuspectRule):

@@ -17,6 +17,7 @@ from analysis.lists import read_list
 from conf.command import CONF_DIR, FAILED, MISTAKE
 from runners import cli, retrain, retrain_runs, train
 from runners.cli import main as run_py
+from runners.memory.estimate import NoEstimateError
 from runners.tracking import Tracker
 from runners.tracking_record import Record
 from tests.runners.conftest import Line
@@ -237,6 +238,19 @@ def test_a_dry_run_shows_the_plan_and_makes_nothing(
     ):
         assert part in shown
     assert not (tmp_path / "made" / "retrain.yaml").exists()
+
+
+def test_a_dry_run_says_why_there_is_no_estimate(
+    command: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: object) -> None:
+        raise NoEstimateError("memory cannot be estimated: no such value.")
+
+    monkeypatch.setattr("runners.dryrun.estimate_memory", without)
+    assert command(*DIGITS, *FEW, "dry_run=true", "hydra.run.dir=made") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "memory of a scored run │ memory cannot be estimated" in shown
+    assert "output directory" in shown
 
 
 @pytest.mark.parametrize(

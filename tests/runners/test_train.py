@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, what their numbers are, and that they can be repeated exactly."""
 
+import copy
 import json
 import os
 import shlex
@@ -344,6 +345,50 @@ def test_values_are_the_sums_of_score_times_rate_times_clipping(run: Run) -> Non
     assert dict(zip(seen["sample_id"], seen["times_seen"], strict=True)) == {
         name: len(parts) for name, parts in expected.items()
     }
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_values_of_the_optimizers_own_step(
+    run: Run, optimizer: str, kind: type[torch.optim.Optimizer]
+) -> None:
+    """Each step is replayed as below, of one sample each: it is credited with what it adds to the step, and
+    over all steps to come with the whole effect that momentum spreads over them.
+    """
+    found = {}
+    for credit in ("step", "trajectory"):
+        folder = run(
+            *TOKENS, "dtype=fp64", f"optimizer={optimizer}", "optimizer.weight_decay=0.2",
+            "trainer.batch_size=1", "engine.val_mode=separate", "engine.preconditioner=auto",
+            f"engine.credit={credit}",
+        )  # fmt: skip
+        found[credit] = shards(folder)
+    cfg, rows = saved_config(folder), found["step"]
+    data, task = build_data(cfg.data), build_task(cfg, torch.device("cpu"))
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg.model, data.vocab_size, None, None).double()
+    settings = {"lr": cfg.optimizer.lr, "weight_decay": 0.2, "eps": cfg.optimizer.eps}
+    real = kind(model.parameters(), betas=tuple(cfg.optimizer.betas), **settings)
+    val = collate([data.val[i] for i in range(6)], data.val.layout)
+    for step, sample in enumerate(rows["sample"].tolist()):
+        params = list(model.parameters())
+        val_grad = torch.autograd.grad(task.mean(model, val.inputs, val.labels), params)
+        batch = collate([data.train[sample]], data.train.layout)
+        grads = torch.autograd.grad(task.mean(model, batch.inputs, batch.labels), params)
+        ends = []
+        for share in (0.0, 1.0):
+            other, its = copy.deepcopy((model, real))
+            for p, grad in zip(other.parameters(), grads, strict=True):
+                p.grad = share * grad
+            its.step()
+            ends.append([p.detach() for p in other.parameters()])
+        fall = sum((g * (idle - moved)).sum() for g, idle, moved in zip(val_grad, *ends, strict=True))
+        value = rows["score"][step] * rows["lr"][step] * rows["clip"][step]
+        torch.testing.assert_close(value, fall, rtol=1e-8, atol=0)
+        whole = rows["score"][step] * (1 - 0.9 ** (step + 1)) / (1 - 0.9)
+        torch.testing.assert_close(found["trajectory"]["score"][step], whole, rtol=1e-12, atol=0)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        real.step()
 
 
 @pytest.mark.parametrize("val_mode", ["concat", "separate"])

@@ -194,11 +194,10 @@ def test_every_run_has_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_vocabulary_of_gpt2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vocabulary_of_gpt2() -> None:
     """50,257 columns, which begin where no load of 16 bytes may, in several chunks."""
-    monkeypatch.setattr(tiles, "CHUNK_BYTES", 4 << 20)
     sides = factors((1, 37, 1, 9, 50257, 16), torch.bfloat16)
-    total, dots = fused.sum_and_scores(*sides, [1], Cut(Tiles(4096, 16, 32, 4, 1), 1))
+    total, dots = fused.sum_and_scores(*sides, [1], Cut(Tiles(4096, 16, 32, 4, 1), 1), 4 << 20)
     expected = per_sample(*sides[:2]).sum(0)
     assert_near(total, expected, torch.finfo(torch.bfloat16).eps)
     assert_near(dots, scores(*sides, [1]), FLOAT32)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ghost import algebra, kernels
 
@@ -134,3 +135,21 @@ def test_the_fused_sums_ask_for_the_programs(monkeypatch: pytest.MonkeyPatch) ->
         assert all(torch.equal(a, b) for a, b in zip(got, found, strict=True))
     total, _ = algebra.fused_sum_and_scores(left, right, left, right, [1, 1])
     assert not torch.equal(total, found[0])
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_the_fused_sums_hold_as_much_as_they_are_told(monkeypatch: pytest.MonkeyPatch, served: bool) -> None:
+    """By the programs as by PyTorch's tiles, on whichever device."""
+    left, right, targets = torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.randn(1, 4, 5)
+    told: list[int] = []
+
+    def taken(*given: Any) -> tuple[Tensor, Tensor]:
+        told.append(given[-1])
+        return torch.zeros(4, 5), torch.zeros(2, 1)
+
+    monkeypatch.setattr(kernels, "serves", lambda *_: served)
+    for name in ("sum_and_dots", "sum_and_scores"):
+        monkeypatch.setattr(*((kernels, name) if served else (algebra, f"tiled_{name}")), taken)
+    algebra.fused_sum_and_dots(left, right, targets, 1 << 10)
+    algebra.fused_sum_and_scores(left, right, left, right, [2], 1 << 11)
+    assert told == [1 << 10, 1 << 11]

@@ -32,12 +32,18 @@ def test_there_is_a_step_for_every_split() -> None:
     assert BIG.splits(2, 70, 64, 64, H100) <= 4
 
 
-def test_chunks_cover_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1000)
-    assert list(tiles.chunks(300, 3)) == [slice(0, 256), slice(256, 300)]
-    assert list(tiles.chunks(300, 1 << 20)) == [slice(0, 128), slice(128, 256), slice(256, 300)]
-    assert list(tiles.chunks(300, 0)) == [slice(0, 300)]
-    assert list(tiles.chunks(0, 3)) == []
+def test_chunks_cover_all_rows() -> None:
+    assert list(tiles.chunks(300, 3, 1000)) == [slice(0, 256), slice(256, 300)]
+    assert list(tiles.chunks(300, 1 << 20, 1000)) == [slice(0, 128), slice(128, 256), slice(256, 300)]
+    assert list(tiles.chunks(300, 0, 1000)) == [slice(0, 300)]
+    assert list(tiles.chunks(0, 3, 1000)) == []
+
+
+def test_chunks_have_a_largest_size() -> None:
+    rows, row_bytes = 1 << 20, 1 << 10
+    largest = next(tiles.chunks(rows, row_bytes))
+    assert largest.stop * row_bytes == tiles.CHUNK_BYTES
+    assert next(tiles.chunks(rows, row_bytes, 4 * tiles.CHUNK_BYTES)) == largest
 
 
 SECONDS = {SHORT[0]: 3.0, SHORT[1]: 1.0, SHORT[2]: 2.0}

@@ -108,6 +108,24 @@ def test_validation_gradients_can_go_to_the_cpu_of_a_gpu_run_alone() -> None:
     )
 
 
+def test_no_key_is_named_that_the_run_would_refuse() -> None:
+    held = MemoryEstimate({TARGETS: GIB, OPTIMIZER: GIB, ACTIVATIONS: GIB}, on_device=True)
+    for keys in (["engine.order=2"], ["engine.bitwise=true"], ["engine.val_every=2"]):
+        assert "engine.val_mode=concat" not in advice(held, "engine.val_mode=separate", *keys)
+    second = advice(held, "engine.val_mode=separate", "engine.order=2", "hardware.strategy=ddp")
+    assert "engine.order=1" in second
+    assert "hardware.strategy=fsdp" not in second
+    assert "optimizer=sgd" in advice(held, "optimizer=adam")
+    assert "optimizer=sgd" not in advice(held, "optimizer=adam", "engine.preconditioner=adam")
+
+
+def test_a_chunk_is_worth_no_more_than_it_holds() -> None:
+    small, large = ({BACKWARD: size, LOGITS: size} for size in (2**28, 2**40))
+    assert "lower engine.chunk_mb=64" in advice(MemoryEstimate(small, on_device=False))
+    assert "chunk_mb" not in advice(MemoryEstimate(large, on_device=False))
+    assert "chunk_mb" not in advice(MemoryEstimate(small, on_device=False), "engine.chunk_mb=8")
+
+
 def test_an_evaluation_has_its_own_batch() -> None:
     said = advice(None, "trainer.eval_only=true")
     assert "trainer.eval_batch_size=8" in said

@@ -1,16 +1,22 @@
 """A rehearsed step holds to the byte what a real one holds."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from ghost import Selection
+from ghost.errors import GhostConfigError, UnsupportedModelError
 from runners.choices import TaskName
+from runners.dryrun import memory_rows
 from runners.losses import build_task
 from runners.memory import rehearsal
+from runners.memory.estimate import NoEstimateError, estimate_memory
 from runners.memory.rehearsal import (
     ACTIVATIONS,
     GRADIENTS,
@@ -119,6 +125,40 @@ def test_columns_that_are_not_rehearsed_are_told_from_those_that_are() -> None:
 def test_a_validation_gradient_that_outlives_its_step_is_held_twice() -> None:
     found = rehearsed(config("mlp", *WIDE, "engine.val_every=3")).peak()
     assert found[TARGETS] == pytest.approx(2 * found[WEIGHTS], rel=0.05)
+
+
+def test_gradients_that_outlive_their_step_are_counted_once_and_on_their_device() -> None:
+    """Of tied parameters there is one; of those in the CPU's memory a GPU holds none."""
+    keys = "engine.val_mode=separate", "engine.val_every=3", "data.seq_len=4"
+    cfg = config("gpt2-tiny", *keys)
+    found, elsewhere = rehearsed(cfg).peak(), rehearsed(cfg)
+    assert found[TARGETS] == pytest.approx(2 * found[WEIGHTS], rel=0.01)
+    there = SimpleNamespace(state=SimpleNamespace(targets={"w": torch.empty(1, 2, device="meta")}))
+    assert elsewhere._target_bytes(there) == 0  # type: ignore[arg-type]
+
+
+def test_a_setting_that_the_run_would_refuse_is_no_missing_estimate() -> None:
+    cfg = config("mlp", *WIDE)
+    facts, sets = DataFacts(None, (COLUMNS,), CLASSES, None), {"": 5}
+    settings = ghost_config(cfg, Path("out"), build_task(cfg, CPU))
+    nothing = replace(settings, selection=Selection(include=("nothing",)))
+    with pytest.raises(GhostConfigError, match="nothing"):
+        estimate_memory(cfg, nothing, facts, sets, CPU)
+
+
+def test_a_model_that_cannot_be_scored_has_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config("mlp", *WIDE)
+    settings = ghost_config(cfg, Path("out"), build_task(cfg, CPU))
+    facts = DataFacts(None, (COLUMNS,), CLASSES, None)
+
+    def refused(self: Rehearsal) -> Counter[str]:
+        raise UnsupportedModelError("layer 'a' is of no known kind.")
+
+    monkeypatch.setattr(Rehearsal, "peak", refused)
+    with pytest.raises(NoEstimateError, match="memory cannot be estimated: layer 'a'"):
+        estimate_memory(cfg, settings, facts, {"": 5}, CPU)
+    rows = memory_rows(lambda: estimate_memory(cfg, settings, facts, {"": 5}, CPU))
+    assert rows == [("memory", "memory cannot be estimated: layer 'a' is of no known kind.")]
 
 
 def test_checkpointing_keeps_fewer_activations_and_more_rows_take_more() -> None:

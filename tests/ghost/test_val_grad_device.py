@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ghost import GhostEngineManager, distributed, generic, taps
+from ghost import GhostEngineManager, distributed, taps
 from ghost.errors import GhostConfigError
 from ghost.loss import LossReduction
 from ghost.validation import SeparateValidation
@@ -50,8 +50,7 @@ def test_every_target_comes_by_the_one_way(bitwise: bool, monkeypatch: pytest.Mo
         return plain_fetched(-target, device)
 
     monkeypatch.setattr(SeparateValidation, "val_grad", elsewhere)
-    for module in (taps, generic):
-        monkeypatch.setattr(module, "fetched", fetched)
+    monkeypatch.setattr(taps, "fetched", fetched)
     model = Shifted()
     assert_exact(model, ON_CPU | {"bitwise": bitwise}, table(4), table(3), class_loss, SAMPLE_MEAN)
     assert set(devices) == {torch.device("cpu")}

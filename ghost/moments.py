@@ -25,8 +25,8 @@ class Moments:
         self._squares: dict[int, Tensor] = {}
 
     def begin(self, first: bool) -> dict[str, list[Tensor]]:
-        """For the next micro-batch, by qualified parameter name: the numbers of `AdamStep` and
-        `Weigher.reach` `[7]`, m, v and the parameter; of a step with several micro-batches also the gradient
+        """For the next micro-batch, by qualified parameter name: the numbers `[7]` of
+        `ghost.weigher`, m, v and the parameter; of a step with several micro-batches also the gradient
         so far and the sum of squares so far.
 
         Args:

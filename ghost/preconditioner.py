@@ -14,9 +14,8 @@ the difference of two updates.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import astuple, dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,18 +101,19 @@ class SGDRule(UpdateRule):
         return float(1.0 + momentum * fresh if group["nesterov"] else fresh)
 
 
-@dataclass(frozen=True)
-class AdamStep:
+class AdamStep(NamedTuple):
     """One step of Adam, `U(h) = (carried · m + slope · h) / (sqrt(kept · v + fresh · h²) + eps)`, of the
     moments `m` and `v` before it; `h` is the gradient before it is clipped, plus `decay` times the parameter.
+
+    Numbers, or tensors `[]` of them where a compiler is to take them for what changes from step to step.
     """
 
-    carried: float
-    slope: float
-    kept: float
-    fresh: float
-    eps: float
-    decay: float
+    carried: float | Tensor
+    slope: float | Tensor
+    kept: float | Tensor
+    fresh: float | Tensor
+    eps: float | Tensor
+    decay: float | Tensor
 
 
 class AdamRule(UpdateRule):
@@ -151,11 +151,11 @@ class AdamRule(UpdateRule):
         state = self._optimizer.state.get(p, {})
         nothing = p.detach().new_zeros(()).expand(p.shape)
         moments = [state.get("exp_avg", nothing), state.get("exp_avg_sq", nothing)]
-        numbers = torch.tensor(astuple(self.step(p)), dtype=torch.float64)
+        numbers = torch.tensor(self.step(p), dtype=torch.float64)
         return [numbers, *moments, p.detach()]
 
 
-def slope(step: AdamStep, grad: Tensor, squares: Tensor, m: Tensor, v: Tensor, p: Tensor) -> Tensor:
+def slope(step: AdamStep, grad: Tensor, squares: Tensor, m: Tensor, v: Tensor, p: Tensor | None) -> Tensor:
     """The chord's slope of Adam's update over the range that a batch covers, element by element.
 
     With numerators `M` and denominators `D = R + eps`, at the end `n` of the range that is nearer to zero and
@@ -170,21 +170,17 @@ def slope(step: AdamStep, grad: Tensor, squares: Tensor, m: Tensor, v: Tensor, p
         grad: `Σ_i g_i`.
         squares: `Σ_i g_i²`.
         m, v: The moments before the step.
-        p: The parameter; read where its decay is a part of the gradient.
+        p: The parameter, where its decay is a part of the gradient; None where it is not.
     """
-    width = torch.maximum(grad * grad, squares).sqrt_()  # |f − n|
-    ends = grad.add(p, alpha=2 * step.decay) if step.decay else grad  # f + n
-    width.copysign_(ends)
-    near, far, kept = ends - width, width.add_(ends), v * step.kept  # 2 n, 2 f
-    root_near = torch.addcmul(kept, near, near, value=step.fresh / 4).sqrt_()
-    root_far = kept.addcmul_(far, far, value=step.fresh / 4).sqrt_()
+    ends = grad if p is None else grad + 2 * step.decay * p  # f + n
+    width = torch.maximum(grad * grad, squares).sqrt().copysign(ends)  # f − n
+    near, far, kept = (ends - width) / 2, (ends + width) / 2, step.kept * v
+    root_near = (kept + step.fresh * (near * near)).sqrt()
+    root_far = (kept + step.fresh * (far * far)).sqrt()
     tiny = torch.finfo(grad.dtype).tiny  # both are zero only where the range is a point
-    roots = torch.add(root_near, root_far, out=far).add_(tiny)
-    bend = (m * step.carried).add_(near, alpha=step.slope / 2).mul_(ends)
-    root_near.add_(step.eps)
-    root_far.add_(step.eps)
-    found = torch.mul(root_near, step.slope, out=near).addcdiv_(bend, roots, value=-step.fresh)
-    return found.div_(root_near.mul_(root_far))
+    bend = (step.carried * m + step.slope * near) * ends / (root_near + root_far + tiny)
+    denominator = root_near + step.eps
+    return (step.slope * denominator - step.fresh * bend) / (denominator * (root_far + step.eps))
 
 
 _RULES: dict[type[torch.optim.Optimizer], type[UpdateRule]] = {

@@ -2,8 +2,9 @@
 element, by what the optimizer makes of the batch's gradient (`ghost.preconditioner`).
 """
 
+import functools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +14,12 @@ from ghost.choice import Algebra, Choices
 from ghost.discovery import shared_parameters
 from ghost.distributed import fetched
 from ghost.errors import UnsupportedModelError
-from ghost.gradients import OuterProducts, SampleGradients
+from ghost.gradients import OuterProducts, RowGathers, SampleGradients
 from ghost.layers import Layer
-from ghost.preconditioner import AdamStep
 from ghost.step import Parts, StepState, Unit, part_scores
 from ghost.taps import Grads, Tap, note_backward
-from ghost.weighted import NUMBERS, Piece, Weigher, adam_sum_and_dots, parts_of, sum_and_dots, sum_and_weights
+from ghost.weigher import NUMBERS, Weigher
+from ghost.weighted import Piece, adam_sum_and_dots, parts_of, sum_and_dots, sum_and_weights
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class SlopeUse:
     """One use of a parameter that waits for the others: its slopes depend on the gradient of all.
 
     Attributes:
-        found: The validation gradient of this use `[C, *shape]`; None where that of all uses is given.
+        val: The validation samples' gradients, column by column; None where the validation gradient of all
+            uses is given.
     """
 
     layer: Layer
@@ -34,7 +36,7 @@ class SlopeUse:
     parts: Parts
     unit: Unit
     train: SampleGradients
-    found: Tensor | None
+    val: Sequence[SampleGradients] | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ class SlopeTap(Tap):
     @abstractmethod
     def _sides(
         self, gradients: SampleGradients, unit: Unit
-    ) -> tuple[SampleGradients, Callable[[], Tensor] | None]:
-        """The training samples' gradients, and what finds the validation gradient `[C, *shape]` of this use;
-        None where that of all uses is given.
+    ) -> tuple[SampleGradients, Sequence[SampleGradients] | None]:
+        """The training samples' gradients, and the validation samples', column by column; None where the
+        validation gradient of all uses is given.
         """
 
     def fetch(self, targets: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -79,36 +81,34 @@ class SlopeTap(Tap):
         totals: Grads = []
         dots: Grads = []
         for key, both in gradients.items():
-            train, find = self._sides(both, unit)
+            train, val = self._sides(both, unit)
             if key not in self.scored:
                 totals.append(train.sum())
                 continue
-            given, found, moments = None, None, behind[key]
-            if find is None:
+            given, moments = None, behind[key]
+            if val is None:
                 given, *moments = moments
-            else:
-                found = find()
-            total, dot = self._settle(key, train, given, found, moments, unit)
+            total, dot = self._settle(key, train, val, given, moments, unit)
             totals.append(total)
             dots.append(dot)
         return totals + dots + [None] * len(targets)
 
     def _settle(
-        self, key: str, train: SampleGradients, given: Tensor | None, found: Tensor | None,
+        self, key: str, train: SampleGradients, val: Sequence[SampleGradients] | None, given: Tensor | None,
         moments: Sequence[Tensor], unit: Unit,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Gradients of a scored parameter and of its probe; both None while other uses are to come.
 
         Args:
+            train, val: As `_sides` gives them.
             given: The validation gradient of all uses `[C, *shape]`, or None.
-            found: That of this use, or None.
             moments: The step's numbers, then what `Weigher` reads.
         """
         shape = self.layer.params[key].shape
-        uses = self._uses(key, SlopeUse(self.layer, key, self.scored[key], unit, train, found))
+        uses = self._uses(key, SlopeUse(self.layer, key, self.scored[key], unit, train, val))
         if uses is None:
             return None, None
-        whole = given if given is not None else _summed(uses)
+        whole = given if given is not None else _val_grad(uses)
         targets = whole.reshape(len(whole), *_matrix(shape))
         numbers, *rest = moments
         m, v, p, *earlier = (moment.reshape(_matrix(shape)) for moment in rest)
@@ -121,8 +121,7 @@ class SlopeTap(Tap):
                 *parts_of(train), unit.row, unit.rows, targets, numbers, m, v, p, before, squares, chunk
             )
             return total.view(shape), dots[None]
-        *step, reach = numbers.tolist()
-        weigher = Weigher(AdamStep(*step), m, v, p, before, squares, reach)
+        weigher = Weigher(numbers, m, v, p, before, squares)
         total, scores = _settle_together(uses, targets, weigher, chunk)
         for use, score in zip(uses[:-1], scores, strict=False):
             if score is not None:
@@ -158,10 +157,21 @@ def _matrix(shape: torch.Size) -> tuple[int, int]:
     return (1, 1) if not shape else (shape[0], shape[1:].numel())
 
 
-def _summed(uses: Sequence[SlopeUse]) -> Tensor:
-    """The validation gradient of all uses."""
-    found = [use.found for use in uses if use.found is not None]
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+def _val_grad(uses: Sequence[SlopeUse]) -> Tensor:
+    """The validation gradient of all uses, `[C, *shape]`."""
+    columns = [_sum(column) for column in zip(*(use.val for use in uses if use.val is not None), strict=True)]
+    return columns[0][None] if len(columns) == 1 else torch.stack(columns)
+
+
+def _sum(column: Sequence[SampleGradients]) -> Tensor:
+    """The sum of gradients from several uses: a table's few rows are added to what the others fill."""
+    tables = [part for part in column if isinstance(part, RowGathers)]
+    others = [part for part in column if not isinstance(part, RowGathers)]
+    parts = others or [tables.pop()]
+    total = functools.reduce(torch.add, [part.sum() for part in parts])
+    for table in tables:
+        total.index_add_(0, table.ids.flatten(), table.grad.flatten(0, 1))
+    return total
 
 
 def _settle_together(
@@ -186,9 +196,9 @@ class ConcatSlopeTap(SlopeTap):
 
     def _sides(
         self, gradients: SampleGradients, unit: Unit
-    ) -> tuple[SampleGradients, Callable[[], Tensor] | None]:
+    ) -> tuple[SampleGradients, Sequence[SampleGradients] | None]:
         train, val = gradients.split(unit.train)
-        return train, lambda: torch.stack([column.sum() for column in val.columns(unit.sizes)])
+        return train, list(val.columns(unit.sizes))
 
 
 class TargetSlopeTap(SlopeTap):
@@ -196,7 +206,7 @@ class TargetSlopeTap(SlopeTap):
 
     def _sides(
         self, gradients: SampleGradients, unit: Unit
-    ) -> tuple[SampleGradients, Callable[[], Tensor] | None]:
+    ) -> tuple[SampleGradients, Sequence[SampleGradients] | None]:
         return gradients, None
 
 

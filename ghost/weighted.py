@@ -7,7 +7,7 @@ products are taken.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,57 +16,11 @@ from torch import Tensor
 from ghost import algebra
 from ghost.algebra import FUSED_TILE, accumulation_dtype
 from ghost.gradients import Materialised, OuterProducts, RowGathers, SampleGradients
-from ghost.preconditioner import AdamStep, slope
 from ghost.step import Unit
-
-NUMBERS = 7
-"""Of a step: those of `AdamStep`, and `Weigher.reach`."""
+from ghost.weigher import Weigher
 
 BLOCK = 1 << 16
 """Elements for each thread of a CPU that are taken through the arithmetic of the weights at once."""
-
-
-@dataclass(frozen=True)
-class Weigher:
-    """The slopes of one parameter in one micro-batch.
-
-    A step of k micro-batches has its whole gradient only at its end. What the micro-batches so far have given
-    is taken for the whole, scaled up.
-
-    Attributes:
-        step: The coming step.
-        m, v, p: Moments and parameter, `[m, n]`.
-        before: The gradient of the step's earlier micro-batches, `[m, n]`; None where there is one.
-        squares: The sum of the squares of their samples' gradients, `[m, n]`; this one's are added to it.
-        reach: How many times as many samples the step has as the micro-batches so far.
-    """
-
-    step: AdamStep
-    m: Tensor
-    v: Tensor
-    p: Tensor
-    before: Tensor | None = None
-    squares: Tensor | None = None
-    reach: float = 1.0
-
-    def __call__(self, rows: slice, grad: Tensor, squares: Tensor) -> Tensor:
-        """The weights of a tile of rows `[r, n]`, from the sums over the batch's samples."""
-        dtype = accumulation_dtype(grad.dtype)
-        grad, squares = grad.to(dtype), squares.to(dtype)
-        if self.before is not None and self.squares is not None:
-            squares = self.squares[rows].add_(squares) * self.reach
-            grad = (grad + self.before[rows]) * self.reach
-        m, v, p = (tensor[rows].to(dtype) for tensor in (self.m, self.v, self.p))
-        return slope(self.step, grad, squares, m, v, p)
-
-    def at(self, rows: Tensor) -> "Weigher":
-        """The slopes of some rows of the parameter; `squares` is a copy."""
-        parts = [self.m, self.v, self.p, self.before, self.squares]
-        m, v, p, before, squares = (None if part is None else part[rows] for part in parts)
-        assert m is not None
-        assert v is not None
-        assert p is not None
-        return Weigher(self.step, m, v, p, before, squares, self.reach)
 
 
 @dataclass(frozen=True)
@@ -87,6 +41,11 @@ class Piece:
     def of(cls, gradients: SampleGradients, unit: Unit) -> "Piece":
         """The training samples' gradients in a unit."""
         return cls(gradients, unit.row, unit.rows)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it has a gradient in the rows alone that were looked up."""
+        return isinstance(self.gradients, RowGathers)
 
     def tile(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """The samples' gradients at some rows of the parameter, `[b, r, n]`; `out` is space for them."""
@@ -109,13 +68,15 @@ def sum_and_dots(
         chunk: Bytes to hold at once, of tiles.
     """
     b, like = pieces[0].rows, pieces[0].gradients.example
-    total = like.new_empty(targets.shape[1:])
     dots = [like.new_zeros(b, len(targets), dtype=accumulation_dtype(like.dtype)) for _ in pieces]
-    for rows, tiles in _tiles(pieces, targets, chunk):
-        weights = _weights(rows, tiles, total, weigher)
-        weighted = (weights * targets[:, rows]).flatten(1)  # [C, r*n]
-        for dot, tile in zip(dots, tiles, strict=True):
-            _add_dots(dot, tile.flatten(1), weighted)
+    dense, tables = _sides(pieces)
+    total = like.new_empty(targets.shape[1:])
+    for rows, tiles, weighted in _weighted_blocks(pieces, dense, tables, targets, total, weigher, chunk):
+        columns = weighted.flatten(1)
+        for at, tile in zip(dense, tiles, strict=True):
+            _add_dots(dots[at], tile.flatten(1), columns)
+        for at, table in tables.items():
+            table.add_dots(dots[at], rows, weighted)
     return total, dots
 
 
@@ -125,23 +86,53 @@ def sum_and_weights(
     """The parameter's gradient `[m, n]`, and the weighted targets `[C, m, n]`; see `sum_and_dots`."""
     like = pieces[0].gradients.example
     total = like.new_empty(targets.shape[1:])
-    weighted = torch.empty_like(targets, dtype=accumulation_dtype(like.dtype))
-    for rows, tiles in _tiles(pieces, targets, chunk):
-        torch.mul(_weights(rows, tiles, total, weigher), targets[:, rows], out=weighted[:, rows])
-    return total, weighted
+    found = torch.empty_like(targets, dtype=accumulation_dtype(like.dtype))
+    for rows, _, weighted in _weighted_blocks(pieces, *_sides(pieces), targets, total, weigher, chunk):
+        found[:, rows] = weighted
+    return total, found
 
 
-def _tiles(pieces: Sequence[Piece], targets: Tensor, chunk: int) -> Iterator[tuple[slice, list[Tensor]]]:
+def _sides(pieces: Sequence[Piece]) -> tuple[list[int], dict[int, "Lookups"]]:
+    """Which pieces are formed as dense tiles, and the others, tables of whose rows a few are looked up.
+
+    At least one is dense, for the others to be added to.
+    """
+    tables = {at: Lookups.of(piece) for at, piece in enumerate(pieces) if piece.is_table}
+    if len(tables) == len(pieces):
+        del tables[0]
+    return [at for at in range(len(pieces)) if at not in tables], tables
+
+
+def _weighted_blocks(
+    pieces: Sequence[Piece], dense: Sequence[int], tables: Mapping[int, "Lookups"], targets: Tensor,
+    total: Tensor, weigher: Weigher, chunk: int,
+) -> Iterator[tuple[slice, list[Tensor], Tensor]]:  # fmt: skip
+    """Blocks of the parameter's rows, with each dense piece's per-sample gradients there `[b, r, n]` and the
+    weighted targets `[C, r, n]`; the gradient there goes to `total`.
+    """
+    for rows, tiles in _tiles([pieces[at] for at in dense], targets, weigher, chunk):
+        whole = functools.reduce(torch.add, tiles)
+        kept = [table.add_to(whole, rows) for table in tables.values()]
+        weighted = weigher.weighted(rows, whole, targets, total)
+        for table, values in zip(reversed(list(tables.values())), reversed(kept), strict=True):
+            table.restore(whole, rows, values)
+        yield rows, tiles, weighted
+
+
+def _tiles(
+    pieces: Sequence[Piece], targets: Tensor, weigher: Weigher, chunk: int
+) -> Iterator[tuple[slice, list[Tensor]]]:
     """Blocks of the parameter's rows, with each piece's per-sample gradients there, `[b, r, n]`.
 
-    Matrix products want large tiles; what is done element by element wants blocks that stay in the cache.
+    Matrix products want large tiles; what goes through memory operation by operation wants blocks that stay
+    in the cache.
     """
     _, m, n = targets.shape
     size = pieces[0].gradients.example.element_size()
     most = min(FUSED_TILE, chunk // (len(pieces) * size))
     step = max(1, min(m, most // (max(1, pieces[0].rows) * n)))
-    on_cpu = pieces[0].gradients.example.device.type == "cpu"
-    block = max(1, BLOCK * torch.get_num_threads() // n) if on_cpu else step
+    small = pieces[0].gradients.example.device.type == "cpu" and not weigher.compiles
+    block = max(1, BLOCK * torch.get_num_threads() // n) if small else step
     for lo in range(0, m, step):
         part = slice(lo, min(lo + step, m))
         shape = pieces[0].rows, part.stop - lo, n
@@ -152,22 +143,51 @@ def _tiles(pieces: Sequence[Piece], targets: Tensor, chunk: int) -> Iterator[tup
             yield slice(lo + at, lo + at + parts[0].shape[1]), parts
 
 
-def _weights(rows: slice, tiles: Sequence[Tensor], total: Tensor, weigher: Weigher) -> Tensor:
-    """The weights of a block of rows `[r, n]`; the gradient there goes to `total`."""
-    whole = functools.reduce(torch.add, tiles)
-    torch.sum(whole, 0, out=total[rows])
-    return weigher(rows, total[rows], _squares(whole))
+class Lookups:
+    """What the samples of a batch add to the rows of a table that they look up, in the order of the rows.
 
+    Args:
+        row: The table's row `[e]` of each lookup, ascending.
+        sample: Its sample, `[e]`.
+        values: What it adds, `[e, n]`.
+    """
 
-def _squares(samples: Tensor) -> Tensor:
-    """The sum of the samples' squares, `[b, r, n]` to `[r, n]`, in float32 at least."""
-    dtype = accumulation_dtype(samples.dtype)
-    if samples.device.type != "cpu":
-        return samples.to(dtype).square().sum(0)
-    squares = torch.zeros(samples.shape[1:], dtype=dtype)
-    for sample in samples:  # a norm over the first axis would read against the grain
-        squares.addcmul_(sample.to(dtype), sample.to(dtype))
-    return squares
+    def __init__(self, row: Tensor, sample: Tensor, values: Tensor) -> None:
+        self._row, self._sample, self._values = row, sample, values
+        self._rows = row.cpu()  # where a block begins is asked for each block
+
+    @classmethod
+    def of(cls, piece: Piece) -> "Lookups":
+        """Those of one use of a table."""
+        assert isinstance(piece.gradients, RowGathers)
+        ids, grad = piece.gradients.ids, piece.gradients.grad  # [e', T], [e', T, n]
+        row, order = ids.flatten().sort(stable=True)
+        entry = order // max(1, ids.shape[1])
+        sample = entry if piece.row is None else piece.row[entry]
+        return cls(row, sample, grad.flatten(0, 1)[order])
+
+    def _block(self, rows: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The places in a block's tile `[b, r, n]` (sample, row) and the values of the lookups there."""
+        ends = torch.tensor([rows.start, rows.stop], dtype=self._rows.dtype)
+        lo, hi = torch.searchsorted(self._rows, ends).tolist()
+        return (self._sample[lo:hi], self._row[lo:hi] - rows.start), self._values[lo:hi]
+
+    def add_to(self, tile: Tensor, rows: slice) -> Tensor:
+        """Add to a block's tile, and return what stood there."""
+        places, values = self._block(rows)
+        kept = tile[places]
+        tile.index_put_(places, values, accumulate=True)
+        return kept
+
+    def restore(self, tile: Tensor, rows: slice, kept: Tensor) -> None:
+        """Put back what stood in a block's tile before `add_to`."""
+        tile.index_put_(self._block(rows)[0], kept)
+
+    def add_dots(self, dots: Tensor, rows: slice, weighted: Tensor) -> None:
+        """Add the samples' inner products with a block's weighted targets `[C, r, n]` to `dots [b, C]`."""
+        (sample, row), values = self._block(rows)
+        found = (weighted[:, row] * values.to(weighted.dtype)).sum(2)  # [C, e]
+        dots.index_add_(0, sample, found.T)
 
 
 def _add_dots(dots: Tensor, samples: Tensor, columns: Tensor) -> None:
@@ -211,12 +231,10 @@ def adam_sum_and_dots(
         kind, first, second: The per-sample gradients, as `parts_of` gives them.
         row, rows: As in `Piece`.
         targets: `[C, m, n]`.
-        numbers: `[7]` float64 on the CPU, the numbers of `AdamStep` and `Weigher.reach`.
-        m, v, p, before, squares: As in `Weigher`, `[m, n]`.
+        numbers, m, v, p, before, squares: As in `Weigher`.
         chunk: Bytes to hold at once, of tiles.
     """
-    *step, reach = numbers.tolist()
-    weigher = Weigher(AdamStep(*step), m, v, p, before, squares, reach)
+    weigher = Weigher(numbers, m, v, p, before, squares)
     piece = Piece(_rebuilt(kind, first, second, targets.shape[1]), row, rows)
     if kind == "gathered":
         return table_sum_and_dots(piece, targets, weigher, chunk)

@@ -1,18 +1,22 @@
 """Scores of the optimizer's own step, against the optimizer itself, run on parts of the gradient."""
 
 import copy
+import logging
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.exc import InvalidCxxCompiler
 
 import ghost
-from ghost import GhostEngineManager, LossReduction
+from ghost import GhostEngineManager, LossReduction, weigher
 from ghost.batch import row_count
+from ghost.compiled import CompiledWhereItWorks
 from ghost.errors import GhostConfigError, ProtocolError, UnsupportedModelError
-from ghost.weighted import _squares, adam_sum_and_dots
+from ghost.weighted import adam_sum_and_dots
 from tests.ghost import models, reference
 from tests.ghost.harness import assert_gradients, assert_near, grads_of
 from tests.ghost.reference import Gradient, LossFn, Rows
@@ -431,12 +435,6 @@ def test_verify_is_of_plain_scores(text: tuple[Rows, Rows]) -> None:
         ghost.verify(models.tiny_gpt2(), {"preconditioner": "auto"}, (X, Y), val)
 
 
-def test_squares_of_short_floats_do_not_stall() -> None:
-    squares = _squares(torch.ones(600, 1, 2, dtype=torch.bfloat16))
-    assert squares.dtype is torch.float32
-    assert squares.tolist() == [[600.0, 600.0]]
-
-
 @pytest.mark.parametrize("val_mode", ["concat", "separate"])
 def test_compiled(text: tuple[Rows, Rows], val_mode: str) -> None:
     torch._dynamo.reset()
@@ -453,6 +451,57 @@ def test_compiled(text: tuple[Rows, Rows], val_mode: str) -> None:
         step.backward(reference.causal_loss(compiled, step.X, step.Y))
     assert_near(manager.scores, eager)
     manager.cleanup()
+
+
+def _weighed(b: int, decays: bool, accumulates: bool) -> tuple[Tensor, Tensor]:
+    """A parameter's gradient and scores, of numbers that are the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    numbers = torch.tensor([0.9, 0.1, 0.99, 0.01, 1e-8, 0.1 * decays, 2.0 if accumulates else 1.0]).double()
+    left, right, targets = random(b, 3, 40), random(b, 3, 30), random(2, 40, 30)
+    m, v, p = random(40, 30), random(40, 30) ** 2, random(40, 30)
+    earlier = (random(40, 30), random(40, 30) ** 2) if accumulates else (None, None)
+    total, dots = adam_sum_and_dots(
+        "outer", left, right, None, b, targets, numbers, m, v, p, *earlier, 1 << 20
+    )
+    return total, dots
+
+
+@pytest.mark.parametrize(
+    ("b", "decays", "accumulates"), [(4, False, False), (1, True, False), (4, False, True)]
+)
+def test_compiled_arithmetic_is_the_same(
+    b: int, decays: bool, accumulates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _weighed(b, decays, accumulates)
+    monkeypatch.setattr(weigher, "COMPILED_FROM", 1)
+    graphs = counters["stats"]["unique_graphs"]
+    monkeypatch.setattr(weigher, "_weigh_compiled", CompiledWhereItWorks(weigher._weigh, "a test"))
+    torch.testing.assert_close(_weighed(b, decays, accumulates), expected, rtol=1e-12, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] > graphs
+
+
+def test_without_a_compiler_it_is_said_and_done(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler() -> str:
+        raise InvalidCxxCompiler
+
+    expected = _weighed(5, False, False)
+    monkeypatch.setattr(weigher, "COMPILED_FROM", 1)
+    monkeypatch.setattr(weigher, "_weigh_compiled", CompiledWhereItWorks(weigher._weigh, "a test"))
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, logger="ghost"):
+        torch.testing.assert_close(_weighed(5, False, False), expected)
+        _weighed(5, False, False)
+    assert (
+        caplog.text.count("cannot compile a test, which takes several times as long so: install a C++") == 1
+    )
 
 
 class _Other(torch.optim.SGD):

@@ -36,16 +36,18 @@ class Plan(NamedTuple):
 
     Attributes:
         chunk: Bytes that an algebra holds at once.
-        note: Where `Choices` finds what to write the choice down as; empty for nowhere.
+        note: The `Choices` and the parameter of it to write the choice down for, as two numbers `[2]` int64
+            on the CPU; None for nowhere. A compiled graph takes numbers in a tensor for what they are, and a
+            name for a reason to compile the next block once more.
     """
 
     chunk: int = algebra.CHUNK
-    note: str = ""
+    note: Tensor | None = None
 
 
 _numbers = count()
 _books: "WeakValueDictionary[int, Choices]" = WeakValueDictionary()
-"""By number: a compiled graph holds plain values only."""
+"""By number."""
 
 
 class Choices:
@@ -57,6 +59,7 @@ class Choices:
 
     def __init__(self, chunk_mb: int = algebra.CHUNK_MB) -> None:
         self._chunk, self._number = chunk_mb << 20, next(_numbers)
+        self._names: list[str] = []
         self._found: dict[str, Algebra] = {}
         _books[self._number] = self
 
@@ -67,7 +70,8 @@ class Choices:
 
     def plan(self, name: str) -> Plan:
         """The plan of the parameter `name`."""
-        return Plan(self._chunk, f"{self._number}:{name}")
+        self._names.append(name)
+        return Plan(self._chunk, torch.tensor([self._number, len(self._names) - 1]))
 
     def __str__(self) -> str:
         """In one line, such as `fused: 48 matrices; token_token: 2 (score.weight, …)`."""
@@ -80,6 +84,10 @@ class Choices:
             + ("" if kind == largest and len(groups) > 1 and len(names) > 3 else f" ({_few(names)})")
             for kind, names in sorted(groups.items(), key=lambda item: -len(item[1]))
         )
+
+    def name(self, number: int) -> str:
+        """The parameter that was planned as number `number`."""
+        return self._names[number]
 
     def write(self, name: str, choice: Algebra, problem: Problem | None = None) -> None:
         """Note a choice, for the problem where there was one, and say so where it has changed."""
@@ -96,15 +104,15 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def choose(problem: Problem, how: str, chunk: int, note: str) -> Algebra:
+def choose(problem: Problem, how: str, chunk: int, note: Tensor | None) -> Algebra:
     """`how` where the problem has it, else the cheapest for it; written down as `note` says."""
     found = costs(problem, chunk)
     choice = Algebra(how if how in found else min(found, key=found.__getitem__))
-    if note:
-        number, _, name = note.partition(":")
-        book = _books.get(int(number))
+    if note is not None:
+        number, place = note.tolist()
+        book = _books.get(number)
         if book is not None:
-            book.write(name, choice, problem)
+            book.write(book.name(place), choice, problem)
     return choice
 
 
@@ -153,7 +161,7 @@ def dot(left: Tensor, right: Tensor, target: Tensor, plan: Plan) -> Tensor:
 
 def _sum_and_scores(
     left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int], how: str, chunk: int,
-    note: str,
+    note: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem = _problem(left, right, val_left.shape[0] * val_left.shape[1], len(sizes), wants_sum=True)
     choice = choose(problem, how, chunk, note)
@@ -168,7 +176,7 @@ def _sum_and_scores(
 
 def _scores(
     left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int], how: str, chunk: int,
-    note: str,
+    note: Tensor | None,
 ) -> Tensor:  # fmt: skip
     problem = _problem(left, right, val_left.shape[0] * val_left.shape[1], len(sizes), wants_sum=False)
     choice = choose(problem, how, chunk, note)
@@ -190,7 +198,7 @@ def _scores_by(
 
 
 def _sum_and_dots(
-    left: Tensor, right: Tensor, targets: Tensor, how: str, chunk: int, note: str
+    left: Tensor, right: Tensor, targets: Tensor, how: str, chunk: int, note: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     choice = choose(_problem(left, right, 0, len(targets), wants_sum=True), how, chunk, note)
     if choice is Algebra.FUSED:
@@ -226,7 +234,7 @@ _dot_op = torch.library.custom_op("ghost::dot", algebra.target_dots, mutates_arg
 @_sum_and_scores_op.register_fake
 def _(
     left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int], how: str, chunk: int,
-    note: str,
+    note: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _total_like(left, right), _dots_like(left, len(sizes))
 
@@ -234,13 +242,15 @@ def _(
 @_scores_op.register_fake
 def _(
     left: Tensor, right: Tensor, val_left: Tensor, val_right: Tensor, sizes: list[int], how: str, chunk: int,
-    note: str,
+    note: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return _dots_like(left, len(sizes))
 
 
 @_sum_and_dots_op.register_fake
-def _(left: Tensor, right: Tensor, targets: Tensor, how: str, chunk: int, note: str) -> tuple[Tensor, Tensor]:
+def _(
+    left: Tensor, right: Tensor, targets: Tensor, how: str, chunk: int, note: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return _total_like(left, right), _dots_like(left, targets.shape[0])
 
 

@@ -18,7 +18,7 @@ from ghost.layers import Layer, LayerRule, WholeRule
 from ghost.layers.whole import substituted
 from ghost.roworder import RowOrder
 from ghost.slopes import SlopeTap
-from ghost.step import Probes, StepState, Unit
+from ghost.step import Hand, Probes, StepState, Unit
 from ghost.swap import ForwardSwap
 from ghost.taps import ConcatTap, Tap, TapFunction, TiedHeadFunction, TiedTableFunction
 from ghost.units import Units
@@ -61,6 +61,7 @@ class Instrument:
         self._leaves: dict[int, str] = {}  # names by `id` of the parameters that forwards have met
         self._owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         self.units, self.order = Units(model, state), RowOrder(model, state)
+        state.hands = {tap.layer.name: Hand() for tap in taps}
 
     def attach(self) -> None:
         """Swap the forwards.
@@ -95,8 +96,16 @@ class Instrument:
             for key, parts in tap.scored.items()
         }
 
+    def hand_out(self) -> None:
+        """Give every layer what it reads of the step that has begun."""
+        for tap in self.taps:
+            layer, hand = tap.layer, self.state.hands[tap.layer.name]
+            hand.probes = [self.state.probes[layer.name, key] for key in tap.scored]
+            hand.given = [given for key in tap.scored for given in self.state.given(layer.qualified(key))]
+
     def _tapped_forward(self, tap: Tap, original: Forward) -> Forward:
         state, layer = self.state, tap.layer
+        hand = state.hands[layer.name]
         run, meets = self._runner(tap, original), isinstance(tap, ConcatTap | SlopeTap)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -108,22 +117,22 @@ class Instrument:
                     state.without_grad.add(layer.name)
                 return original(*args, **kwargs)
             if meets:
-                self._count(layer)
+                self._count(layer, hand)
             return run(*args, **kwargs)
 
         return forward
 
     def _runner(self, tap: Tap, original: Forward) -> Forward:
         """The tapped forward of one layer."""
-        name = tap.layer.name
+        name, hand = tap.layer.name, self.state.hands[tap.layer.name]
         if isinstance(tap.layer.rule, WholeRule):
-            return _between_graphs(functools.partial(self._run_whole, tap, original))
+            return _between_graphs(functools.partial(self._run_whole, tap, hand, original))
         if name in self._tables:
             run = functools.partial(self._run_table, self._tables[name], original)
         elif name in self._heads:
             run = functools.partial(self._run_head, self._heads[name], tap, original)
         else:
-            run = functools.partial(self._run, tap, original)
+            run = functools.partial(self._run, tap, hand, original)
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             inputs = (*args, *kwargs.values())
@@ -182,14 +191,14 @@ class Instrument:
                 "and the backward did not reach it: checkpoint with use_reentrant=False, or leave it out."
             )
 
-    def _count(self, layer: Layer) -> None:
+    def _count(self, layer: Layer, hand: Hand) -> None:
         """Note a call: the uses of a layer that runs twice meet each other's validation gradient."""
-        state, name = self.state, layer.name
         if torch.compiler.is_compiling():
-            if name in state.traced:
-                raise UnsupportedModelError(_twice(name, "in one compiled forward"))
-            state.traced[name] = True
+            if hand.traced:
+                raise UnsupportedModelError(_twice(layer.name, "in one compiled forward"))
+            hand.traced = True
             return
+        state, name = self.state, layer.name
         calls = state.ledger.calls
         if torch._C._current_graph_task_id() != -1:  # activation checkpointing, inside a backward
             if calls[name] == 0:  # of the kind whose forward ran without gradients
@@ -206,7 +215,7 @@ class Instrument:
                 "meet it: add up the losses for one backward, or use val_mode='separate'."
             )
         calls[name] += 1
-        if name in state.traced:
+        if hand.traced:
             state.refused = _twice(name, "in one forward, at least once in compiled code")
             raise UnsupportedModelError(state.refused)
         if calls[name] > 1 and (name in self._tables or name in self._heads):
@@ -261,18 +270,15 @@ class Instrument:
             self._leaves |= {id(p): layer.qualified(key) for key, p in found.items()}
         return found
 
-    def _tensors(self, tap: Tap) -> tuple[list[Tensor], list[Tensor]]:
+    def _tensors(self, tap: Tap, hand: Hand) -> tuple[list[Tensor], list[Tensor]]:
         """What a tap's function takes: parameters and probes, and targets."""
-        layer, state = tap.layer, self.state
-        params = list(self._live(layer).values()) if tap.gives_gradients else []
-        probes = [state.probes[layer.name, key] for key in tap.scored]
-        given = [tensor for key in tap.scored for tensor in state.given(layer.qualified(key))]
-        return [*params, *probes], given
+        params = list(self._live(tap.layer).values()) if tap.gives_gradients else []
+        return [*params, *hand.probes], hand.given
 
-    def _run(self, tap: Tap, original: Forward, x: Tensor) -> Tensor:
+    def _run(self, tap: Tap, hand: Hand, original: Forward, x: Tensor) -> Tensor:
         layer = tap.layer
         unit = self.units.of(layer, x.shape[0])
-        tensors, targets = self._tensors(tap)
+        tensors, targets = self._tensors(tap, hand)
         output = self._run_untapped(layer, original, x, unit)
         if not tensors:
             return output
@@ -321,14 +327,14 @@ class Instrument:
             self._live(head)["weight"], state.probes[head.name, "weight"], *slots,
         )  # fmt: skip
 
-    def _run_whole(self, tap: Tap, original: Forward, *args: Any, **kwargs: Any) -> Any:
+    def _run_whole(self, tap: Tap, hand: Hand, original: Forward, *args: Any, **kwargs: Any) -> Any:
         """A module without a formula: see `ghost.generic`."""
         layer, rule = tap.layer, tap.layer.rule
         assert isinstance(rule, WholeRule)
         params = {key: p.detach() for key, p in self._live(layer).items()} if self.detach_params else {}
         with substituted(layer.module, params), rule.context():
             returned = rule.outputs_rows_first(layer.module, original(*args, **kwargs))
-        tensors, targets = self._tensors(tap)
+        tensors, targets = self._tensors(tap, hand)
         if not tensors:
             return rule.outputs_rows_first(layer.module, returned)
         leaves, spec = tree_flatten(rule.rows_first(layer.module, (args, kwargs)))

@@ -113,7 +113,7 @@ class SlopeTap(Tap):
         numbers, *rest = moments
         m, v, p, *earlier = (moment.reshape(_matrix(shape)) for moment in rest)
         before, squares = earlier or (None, None)
-        chunk, _ = self.choices.plan(key)
+        chunk = self.plans[key].chunk
         if not torch.compiler.is_compiling() and isinstance(train, OuterProducts):
             self.choices.write(self.layer.qualified(key), Algebra.FUSED)
         if len(uses) == 1 and tuple(uses[0].parts) == (None,):

@@ -112,6 +112,23 @@ class Ledger:
 
 
 @dataclass
+class Hand:
+    """What one layer's swapped forward reads of the step.
+
+    It goes by no name: a compiled block then stands for all blocks that are like it.
+
+    Attributes:
+        probes: Of the layer's scored parameters, in their order.
+        given: What its tap's backward is given of them.
+        traced: Whether the layer has run in compiled code, which keeps no ledger.
+    """
+
+    probes: list[Tensor] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)
+    traced: bool = False
+
+
+@dataclass
 class StepState:
     """What the swapped forwards read. Only active between the start of a step and the end of its backward.
 
@@ -133,7 +150,7 @@ class StepState:
         ledger: Uses of shared parameters.
         watch: What layers only report their calls to, or None.
         refused: Why compiled code cannot be scored: it would not say so again.
-        traced: Layers that have run in compiled code, which keeps no ledger.
+        hands: By layer name, what its swapped forward reads.
         without_grad: Layers that have run under `no_grad`, outside of compiled code.
     """
 
@@ -153,7 +170,7 @@ class StepState:
     ledger: Ledger = field(default_factory=Ledger)
     watch: Watch | None = None
     refused: str | None = None
-    traced: dict[str, bool] = field(default_factory=dict)
+    hands: dict[str, Hand] = field(default_factory=dict)
     without_grad: set[str] = field(default_factory=set)
 
     @property
@@ -174,6 +191,8 @@ class StepState:
         """Forwards are plain again, and nothing of the step is kept."""
         self.active, self.output_scale, self.outputs_scaled, self.latest = False, None, False, 0
         self.loss_unseen = False
-        self.probes, self.tied, self.ledger, self.traced = {}, {}, Ledger(), {}
+        self.probes, self.tied, self.ledger = {}, {}, Ledger()
+        for hand in self.hands.values():
+            hand.probes, hand.given, hand.traced = [], [], False
         self.without_grad = set()
         self.moments, self.slope_uses, self.late_scores = {}, {}, {}

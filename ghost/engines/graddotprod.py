@@ -153,12 +153,11 @@ class GradDotProdEngine(TappedEngine):
         self.state.close()
         self._share = share
         self.validation.begin(Y, first)
-        self._open(X, rows, self.validation.sizes)
+        moments = {} if self._moments is None else self._moments.begin(first)
+        self._open(X, rows, self.validation.sizes, moments)
         if first:
             self._kept.clear()
         self._kept.open(self.state.probes)
-        if self._moments is not None:
-            self.state.moments = self._moments.begin(first)
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self._rule is None else {"clip": self._rule.clip}

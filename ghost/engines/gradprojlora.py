@@ -153,7 +153,7 @@ class GradProjLoRAEngine(TappedEngine):
         self._counted = counts > 0
         # The batch's mean of N labels has a part n_i / N of the sample's own mean of n_i.
         self._factor = count(Y, self._reduction) / (counts.clamp(min=1).to(self._dtype) * share)
-        self._open(X, rows, ())
+        self._open(X, rows, (), {})
 
     def _new_probes(self) -> dict[tuple[str, str], Tensor]:
         b, device = self.state.rows.train, self._device

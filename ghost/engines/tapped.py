@@ -90,12 +90,15 @@ class TappedEngine(Engine):
         check_labels(Y, rows, "the training batch")
         return rows
 
-    def _open(self, X: Inputs, rows: int, val_sizes: Sequence[int]) -> None:
+    def _open(
+        self, X: Inputs, rows: int, val_sizes: Sequence[int], moments: Mapping[str, Sequence[Tensor]]
+    ) -> None:
         """From here on forwards are tapped: of `rows` training rows, and validation rows behind them."""
         state, sizes = self.state, tuple(val_sizes)
         state.close()
         state.units, state.tokens = (Unit(rows + sum(sizes), rows, rows, sizes),), token_count(X)
-        state.probes = self._new_probes()
+        state.probes, state.moments = self._new_probes(), moments
+        self.instrument.hand_out()
         state.active = True
 
     @abstractmethod

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.common import report
@@ -55,7 +56,7 @@ def trained(cfg: DictConfig, data: DataBundle, steps: int) -> nn.Module:
         loss.backward()
         optimizer.step()
         if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+            Console().print(f"step {step}: loss {loss.item():.3f}")
     return model
 
 

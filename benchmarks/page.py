@@ -12,11 +12,11 @@ RESULTS = FOLDER / "results"
 
 HEAD = """# Benchmarks
 
-`python -m benchmarks` measures all of this again and writes this page; `--quick` takes a few minutes and
-gives a first look; `python -m benchmarks NAME …` runs single ones, `--list` names them. Each runs in a
-process of its own. What is compared takes turns within one process on one model, and a ratio is the median of
-paired ratios with its quartiles in brackets: other work on the machine falls on both sides. Ratios are what
-to read; seconds are this machine's. The numbers are in `benchmarks/results/*.json`.
+`python -m benchmarks` measures all of this again and writes this page; `--quick` takes a few minutes,
+gives a first look and leaves this page alone; `python -m benchmarks NAME …` runs single ones, `--list` names
+them. Each runs in a process of its own. What is compared takes turns within one process on one model, and a
+ratio is the median of paired ratios with its quartiles in brackets: other work on the machine falls on both
+sides. Ratios are what to read; seconds are this machine's. The numbers are in `benchmarks/results/*.json`.
 """
 
 

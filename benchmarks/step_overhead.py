@@ -70,12 +70,12 @@ def peak_bytes(shape: Shape, which: str) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def print_peak(which: str, shape: Shape) -> None:
+def write_peak(which: str, shape: Shape) -> None:
     """What `peak_bytes` runs."""
     step = steps(shape, "concat", "auto")[which]
     step()
     step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}\n")
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, metavar=("WHICH", "SHAPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        print_peak(args.peak[0], Shape(**json.loads(args.peak[1])))
+        write_peak(args.peak[0], Shape(**json.loads(args.peak[1])))
         return
     rows = []
     for shape in SHAPES[: args.shapes]:

@@ -108,12 +108,18 @@ def choose(problem: Problem, how: str, chunk: int, note: Tensor | None) -> Algeb
     """`how` where the problem has it, else the cheapest for it; written down as `note` says."""
     found = costs(problem, chunk)
     choice = Algebra(how if how in found else min(found, key=found.__getitem__))
-    if note is not None:
-        number, place = note.tolist()
-        book = _books.get(number)
-        if book is not None:
-            book.write(book.name(place), choice, problem)
+    write(note, choice, problem)
     return choice
+
+
+def write(note: Tensor | None, choice: Algebra, problem: Problem | None = None) -> None:
+    """Write an algebra down as a plan's note says."""
+    if note is None:
+        return
+    number, place = note.tolist()
+    book = _books.get(number)
+    if book is not None:
+        book.write(book.name(place), choice, problem)
 
 
 def _problem(left: Tensor, right: Tensor, val_tokens: int, columns: int, wants_sum: bool) -> Problem:
@@ -155,8 +161,8 @@ def scores(
 
 def dot(left: Tensor, right: Tensor, target: Tensor, plan: Plan) -> Tensor:
     """Every sample's inner product with `target [m, n]`, `[b]`."""
-    run = _dot_op if torch.compiler.is_compiling() else algebra.target_dots
-    return run(left, right, target, plan.chunk)
+    run = _dot_op if torch.compiler.is_compiling() else _dot
+    return run(left, right, target, plan.chunk, plan.note)
 
 
 def _sum_and_scores(
@@ -210,6 +216,11 @@ def _sum_and_dots(
     return algebra.summed(left, right), torch.stack(found, dim=1)
 
 
+def _dot(left: Tensor, right: Tensor, target: Tensor, chunk: int, note: Tensor | None) -> Tensor:
+    write(note, Algebra.TARGET)
+    return algebra.target_dots(left, right, target, chunk)
+
+
 def _dots_like(left: Tensor, columns: int) -> Tensor:
     return left.new_empty(left.shape[0], columns, dtype=algebra.accumulation_dtype(left.dtype))
 
@@ -228,7 +239,7 @@ _scores_op = torch.library.custom_op("ghost::scores", _scores, mutates_args=(), 
 _sum_and_dots_op = torch.library.custom_op(
     "ghost::sum_and_dots", _sum_and_dots, mutates_args=(), tags=_ANY_LAYOUT
 )
-_dot_op = torch.library.custom_op("ghost::dot", algebra.target_dots, mutates_args=(), tags=_ANY_LAYOUT)
+_dot_op = torch.library.custom_op("ghost::dot", _dot, mutates_args=(), tags=_ANY_LAYOUT)
 
 
 @_sum_and_scores_op.register_fake
@@ -255,5 +266,5 @@ def _(
 
 
 @_dot_op.register_fake
-def _(left: Tensor, right: Tensor, target: Tensor, chunk: int = algebra.CHUNK) -> Tensor:
+def _(left: Tensor, right: Tensor, target: Tensor, chunk: int, note: Tensor | None) -> Tensor:
     return _dots_like(left, 1).flatten()

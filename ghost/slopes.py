@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ghost.choice import Algebra, Choices
+from ghost.choice import Algebra, Choices, write
 from ghost.discovery import shared_parameters
 from ghost.distributed import fetched
 from ghost.errors import UnsupportedModelError
@@ -113,16 +113,17 @@ class SlopeTap(Tap):
         numbers, *rest = moments
         m, v, p, *earlier = (moment.reshape(_matrix(shape)) for moment in rest)
         before, squares = earlier or (None, None)
-        chunk = self.plans[key].chunk
-        if not torch.compiler.is_compiling() and isinstance(train, OuterProducts):
-            self.choices.write(self.layer.qualified(key), Algebra.FUSED)
+        plan = self.plans[key]
         if len(uses) == 1 and tuple(uses[0].parts) == (None,):
             total, dots = adam_sum_and_dots(
-                *parts_of(train), unit.row, unit.rows, targets, numbers, m, v, p, before, squares, chunk
+                *parts_of(train), unit.row, unit.rows, targets, numbers, m, v, p, before, squares, *plan
             )
             return total.view(shape), dots[None]
         weigher = Weigher(numbers, m, v, p, before, squares)
-        total, scores = _settle_together(uses, targets, weigher, chunk)
+        for use in uses:
+            if isinstance(use.train, OuterProducts):
+                write(use.train.plan.note, Algebra.FUSED)
+        total, scores = _settle_together(uses, targets, weigher, plan.chunk)
         for use, score in zip(uses[:-1], scores, strict=False):
             if score is not None:
                 self.state.add_late(use.layer.name, use.key, score)

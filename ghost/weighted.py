@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghost import algebra
+from ghost import algebra, choice
 from ghost.algebra import FUSED_TILE, accumulation_dtype
+from ghost.choice import Algebra
 from ghost.gradients import Materialised, OuterProducts, RowGathers, SampleGradients
 from ghost.step import Unit
 from ghost.weigher import Weigher
@@ -223,7 +224,7 @@ def _rebuilt(kind: str, first: Tensor, second: Tensor, num_rows: int) -> SampleG
 def adam_sum_and_dots(
     kind: str, first: Tensor, second: Tensor, row: Tensor | None, rows: int, targets: Tensor,
     numbers: Tensor, m: Tensor, v: Tensor, p: Tensor, before: Tensor | None, squares: Tensor | None,
-    chunk: int,
+    chunk: int, note: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`sum_and_dots` of a parameter's only use, opaque to the compiler.
 
@@ -232,8 +233,10 @@ def adam_sum_and_dots(
         row, rows: As in `Piece`.
         targets: `[C, m, n]`.
         numbers, m, v, p, before, squares: As in `Weigher`.
-        chunk: Bytes to hold at once, of tiles.
+        chunk, note: As in `ghost.choice.Plan`.
     """
+    if kind == "outer":
+        choice.write(note, Algebra.FUSED)
     weigher = Weigher(numbers, m, v, p, before, squares)
     piece = Piece(_rebuilt(kind, first, second, targets.shape[1]), row, rows)
     if kind == "gathered":
@@ -246,7 +249,7 @@ def adam_sum_and_dots(
 def _(
     kind: str, first: Tensor, second: Tensor, row: Tensor | None, rows: int, targets: Tensor,
     numbers: Tensor, m: Tensor, v: Tensor, p: Tensor, before: Tensor | None, squares: Tensor | None,
-    chunk: int,
+    chunk: int, note: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     like = second if kind == "gathered" else first
     total = like.new_empty(targets.shape[1:])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import page
-from benchmarks.__main__ import chosen, command
+from benchmarks.__main__ import chosen, command, set_aside
 from benchmarks.common import machine
 from benchmarks.registry import FOLDER, NEEDS, OWN, QUICK, Benchmark, benchmarks
 from benchmarks.scaling import VALUES, Size, sizes
@@ -52,6 +52,21 @@ def test_all_are_chosen_but_those_that_need_arguments() -> None:
         chosen(["speeed"], known)
     with pytest.raises(SystemExit, match="the folder of a store"):
         chosen(["retrieval"], known)
+
+
+def test_a_first_look_leaves_results_alone(tmp_path: Path) -> None:
+    result, look = tmp_path / "speed.json", tmp_path / "quick" / "speed.json"
+    with set_aside(result, look):
+        result.write_text("first")
+    assert not result.exists()
+    assert look.read_text() == "first"
+    result.write_text("measured")
+    with set_aside(result, look):
+        result.write_text("second")
+    assert (result.read_text(), look.read_text()) == ("measured", "second")
+    with set_aside(result, look):
+        pass  # it failed
+    assert (result.read_text(), look.read_text()) == ("measured", "second")
 
 
 def test_quick_runs_are_shorter() -> None:

@@ -62,7 +62,7 @@ def test_operators_are_well_formed(dtype: torch.dtype, how: str) -> None:
     torch.library.opcheck(sum_and_scores_op, (left, right, val_left, val_right, [1, 2], how, 1 << 20, None))
     torch.library.opcheck(scores_op, (left, right, val_left, val_right, [1, 2], how, 1 << 20, None))
     torch.library.opcheck(sum_and_dots_op, (left, right, targets, how, 1 << 20, None))
-    torch.library.opcheck(dot_op, (left, right, targets[0], 1 << 20))
+    torch.library.opcheck(dot_op, (left, right, targets[0], 1 << 20, None))
 
 
 def test_what_a_problem_has_not_falls_back_to_the_cheapest() -> None:

@@ -311,7 +311,7 @@ def test_float32_keeps_five_digits(touched: float) -> None:
     found = [
         adam_sum_and_dots(
             "outer", *(side.to(dtype) for side in (left, right)), None, 4, target.to(dtype), numbers,
-            *(state.to(dtype) for state in (m, v, p)), None, None, 1 << 20,
+            *(state.to(dtype) for state in (m, v, p)), None, None, 1 << 20, None,
         )
         for dtype in (torch.float32, torch.float64)
     ]  # fmt: skip
@@ -465,7 +465,7 @@ def _weighed(b: int, decays: bool, accumulates: bool) -> tuple[Tensor, Tensor]:
     m, v, p = random(40, 30), random(40, 30) ** 2, random(40, 30)
     earlier = (random(40, 30), random(40, 30) ** 2) if accumulates else (None, None)
     total, dots = adam_sum_and_dots(
-        "outer", left, right, None, b, targets, numbers, m, v, p, *earlier, 1 << 20
+        "outer", left, right, None, b, targets, numbers, m, v, p, *earlier, 1 << 20, None
     )
     return total, dots
 

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -96,8 +97,12 @@ def test_a_book_that_is_gone_is_not_kept() -> None:
     assert choose(Problem(8, 16, 768, 3072, 16), "target", 1 << 26, note) is Algebra.TARGET
 
 
-@pytest.mark.parametrize("mode", [{}, {"val_mode": "separate"}], ids=["concat", "separate"])
-def test_the_manager_tells_the_algebra_of_each_matrix(mode: dict[str, str]) -> None:
+SEPARATE = {"val_mode": "separate"}
+MODES = {"concat": {}, "separate": SEPARATE, "bitwise": SEPARATE | {"bitwise": True}}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
+def test_the_manager_tells_the_algebra_of_each_matrix(mode: dict[str, Any]) -> None:
     model, X, V = tiny_gpt2(), tokens(4, 9), tokens(3, 9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = mode | {"algebra": "target", "loss_reduction": LossReduction.CAUSAL_TOKEN_MEAN}

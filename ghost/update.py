@@ -52,7 +52,7 @@ class UpdateObserver:
         self._before: list[Tensor | None] = []
         self._scale: Tensor | None = None
         self._seen: Update | None = None
-        self._hook = optimizer.register_step_pre_hook(self._observe)
+        self._hook = optimizer.register_step_pre_hook(self._on_step)
 
     def expect(self, scale: Tensor | None) -> None:
         """Note the gradients as the backward left them, `scale` being the loss scale in them."""
@@ -76,7 +76,24 @@ class UpdateObserver:
         groups = self._optimizer.param_groups
         return torch.stack([torch.as_tensor(group["lr"], dtype=torch.float64).cpu() for group in groups])
 
-    def _observe(self, *_: Any) -> None:
+    def _on_step(
+        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Observe the step now, or where it has a closure that computes the gradients first, behind that."""
+        itself, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
+            self._observe()
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            self._observe()
+            return loss
+
+        return (itself, observed, *given[1:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _observe(self) -> None:
         if not self._before:
             return
         pairs = [

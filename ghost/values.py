@@ -7,6 +7,7 @@ values help. Where shards have curvatures, a step's value is of second order,
 """
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -121,3 +122,28 @@ def accumulate_columns(directory: Path) -> dict[tuple[str, str], SampleValues]:
             for row in rows.unique().tolist():
                 sums[column.part, str(row)].add(shard["sample"][rows == row], values[rows == row, k])
     return {key: found.result() for key, found in sums.items()}
+
+
+def samples_without_value(directory: Path) -> set[int]:
+    """Running indices of the samples with a score row that is not finite."""
+    lost: set[int] = set()
+    for shard in read_shards(directory):
+        lost.update(shard["sample"][~row_values(shard).isfinite()].tolist())
+    return lost
+
+
+def values_by_sample(directory: Path) -> dict[int, tuple[float, int]]:
+    """Value and times seen of every sample that was scored, by ascending running index.
+
+    A sample with a score that is not finite has no value: NaN; `times_seen` counts its other rows.
+
+    Args:
+        directory: The folder of the score shards.
+    """
+    found = accumulate(read_shards(directory))
+    rows = zip(found.sample.tolist(), found.value.tolist(), found.times_seen.tolist(), strict=True)
+    values = {index: (value, seen) for index, value, seen in rows}
+    for index in samples_without_value(directory):
+        _, seen = values.get(index, (math.nan, 0))
+        values[index] = math.nan, seen
+    return dict(sorted(values.items()))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from analysis.samples import taking_turns
 from ghost.atomic import written_beside
-from ghost.values import accumulate, accumulate_columns, read_shards, row_values
+from ghost.values import accumulate_columns, samples_without_value, values_by_sample
 from runners.data.base import DataBundle, SampleSet
 
 log = logging.getLogger(__name__)
@@ -31,27 +31,12 @@ def write_values(out: Path, train: SampleSet) -> None:
     A sample with a score that is not finite has no value: NaN, and a line in the log; `times_seen` counts its
     other rows.
     """
-    found = accumulate(read_shards(out / "scores"))
-    rows = zip(found.sample.tolist(), found.value.tolist(), found.times_seen.tolist(), strict=True)
-    values = {index: (value, seen) for index, value, seen in rows}
-    lost = samples_without_value(out)
-    for index in lost:
-        _, seen = values.get(index, (math.nan, 0))
-        values[index] = math.nan, seen
-    if lost:
-        shown = [train.sample_ids[i] for i in sorted(lost)[:_SHOWN]]
+    values = values_by_sample(out / "scores")
+    if lost := [index for index, (value, _) in values.items() if math.isnan(value)]:
+        shown = [train.sample_ids[i] for i in lost[:_SHOWN]]
         log.warning("%d samples have no value, since a score is not finite: %s.", len(lost), ", ".join(shown))
-    indices = sorted(values)
-    columns = [*_samples(train, indices), *zip(*(values[i] for i in indices), strict=True)]
+    columns = [*_samples(train, list(values)), *zip(*values.values(), strict=True)]
     _write(pa.table(columns, schema=VALUES_SCHEMA), out / VALUES_FILE)
-
-
-def samples_without_value(out: Path) -> set[int]:
-    """Running indices of the samples with a score row that is not finite."""
-    lost: set[int] = set()
-    for shard in read_shards(out / "scores"):
-        lost.update(shard["sample"][~row_values(shard).isfinite()].tolist())
-    return lost
 
 
 def write_columns(out: Path, data: DataBundle, pairwise: bool) -> None:
@@ -62,7 +47,7 @@ def write_columns(out: Path, data: DataBundle, pairwise: bool) -> None:
         pairwise: Whether columns are of validation samples, whose numbers become ids.
     """
     found = accumulate_columns(out / "scores")
-    lost = samples_without_value(out)
+    lost = samples_without_value(out / "scores")
     indices = sorted({i for values in found.values() for i in values.sample.tolist()} | lost)
     place = {index: row for row, index in enumerate(indices)}
     ids, domains = _samples(data.train, indices)

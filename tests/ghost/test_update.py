@@ -58,6 +58,31 @@ def test_the_loss_scale_is_no_clipping() -> None:
     assert update.clip.item() == pytest.approx(0.5, rel=1e-6)
 
 
+@pytest.mark.parametrize("keyword", [False, True])
+def test_gradients_that_come_from_the_step_s_closure(keyword: bool) -> None:
+    model = nn.Linear(5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    observer = UpdateObserver(optimizer, model)
+    before = model.weight.detach().clone()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.randn(3, 5)).square().sum()
+        loss.backward()
+        observer.expect(None)
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad *= 0.25
+        return loss
+
+    loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+    assert loss is not None
+    assert not torch.equal(model.weight, before)
+    update = observer.take()
+    assert update is not None
+    assert update.clip.item() == pytest.approx(0.25, rel=1e-6)
+
+
 def test_a_step_is_seen_once_for_each_expectation() -> None:
     model = nn.Linear(5, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

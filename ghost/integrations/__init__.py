@@ -1,0 +1,1 @@
+"""Scoring inside other libraries' training loops: one module each, imported by its users alone."""

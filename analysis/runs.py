@@ -33,6 +33,7 @@ _VALUE_COLUMNS = {
 }
 _SCORE_COLUMNS = ("step", "sample", "score", "lr", "clip")
 _CURVATURE = "curvature"  # of second-order scores
+_WEIGHT = "weight"  # of runs with a policy
 
 
 def load_run(run_dir: Path) -> "Run":
@@ -52,7 +53,15 @@ def load_run(run_dir: Path) -> "Run":
 def score_note(config: Mapping[str, Any]) -> str:
     """What the values of a run with this config are, in one line for tables and plots."""
     sets = "; the loss is the sum of all validation sets'" if has_sets(config) else ""
-    return credit_note(config) + sets
+    policy = policy_name(config)
+    weighed = f"; each step's samples count as policy {policy} weighed them" if policy else ""
+    return credit_note(config) + sets + weighed
+
+
+def policy_name(config: Mapping[str, Any]) -> str | None:
+    """By which policy a run with this config weighed the samples of its steps; None for an ordinary run."""
+    name = config.get("policy", {}).get("name", "none")
+    return None if name == "none" else str(name)
 
 
 def has_sets(config: Mapping[str, Any]) -> bool:
@@ -231,7 +240,8 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
     Returns:
         `step` `[n]` int64, `sample` `[n]` int64 (running index), `score` and `lr` `[n]` or `[n, K]`, `clip`
-        `[n]`; of second-order scores `curvature`, shaped as `score`; of pairs `val` `[n, V]`.
+        `[n]`; of second-order scores `curvature`, shaped as `score`; of runs with a policy `weight` `[n]`;
+        of pairs `val` `[n, V]`.
 
     Raises:
         AnalysisError: It is damaged.
@@ -240,13 +250,13 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         shard = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise _damaged(path, error) from error
-    further = {_CURVATURE} & set(shard) if isinstance(shard, dict) else set()
+    further = {_CURVATURE, _WEIGHT} & set(shard) if isinstance(shard, dict) else set()
     names = (*_SCORE_COLUMNS, *further)
     columns = [shard.get(name) for name in names] if isinstance(shard, dict) else []
     if not columns or not all(isinstance(column, Tensor) and column.dim() > 0 for column in columns):
         raise AnalysisError(f"{path} is damaged: a shard holds the tensors {', '.join(_SCORE_COLUMNS)}.")
     lengths = {name: len(shard[name]) for name in names}
-    shapes = {shard[name].shape for name in ("score", "lr", *further)}
+    shapes = {shard[name].shape for name in ("score", "lr", *(further & {_CURVATURE}))}
     if len(set(lengths.values())) > 1 or len(shapes) > 1:
         raise AnalysisError(f"{path} is damaged: its columns differ in length or width ({lengths}).")
     return shard

@@ -14,6 +14,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "dtype_error": ("--steps", "20", "--batches", "2"),
     "memory": ("--runs", "2"),
     "planted": ("--seeds", "1"),
+    "policies": ("--rounds", "2", "--shapes", "1"),
     "projection_pass": ("--rounds", "2", "--shapes", "1"),
     "runner_overhead": ("--steps", "4", "model=gpt2-mini"),
     "scaling": ("--rounds", "2", "--values", "2"),

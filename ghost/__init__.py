@@ -16,6 +16,7 @@ from ghost.errors import (
 from ghost.layers import LayerRule, register_layer
 from ghost.loss import LossReduction
 from ghost.manager import GhostEngineManager
+from ghost.policies import Policy, StepSamples, register_policy
 from ghost.selection import Selection
 from ghost.store import ProjectionStore
 from ghost.verification import Verification
@@ -34,11 +35,13 @@ __all__ = [
     "Items",
     "LayerRule",
     "LossReduction",
+    "Policy",
     "ProjectionStore",
     "ProtocolError",
     "RegularEngine",
     "Resolution",
     "Selection",
+    "StepSamples",
     "StoreError",
     "UnsupportedModelError",
     "ValMode",
@@ -46,5 +49,6 @@ __all__ = [
     "register_attention",
     "register_engine",
     "register_layer",
+    "register_policy",
     "verify",
 ]

@@ -12,6 +12,7 @@ from ghost.algebra import CHUNK_MB
 from ghost.choice import Algebra
 from ghost.errors import GhostConfigError, shown
 from ghost.loss import LossReduction
+from ghost.policies import Policy, policy_of
 from ghost.preconditioner import Credit, Preconditioner
 from ghost.projection import ProjectionKind
 from ghost.selection import Selection
@@ -85,6 +86,10 @@ class GhostConfig:
         preconditioner: Which optimizer's step the scores are about: `NONE` takes the gradient itself, `AUTO`
             what the optimizer makes of it.
         credit: What of a gradient's effect through momentum is credited, with a preconditioner.
+        policy: Which of a step's samples its gradient is of, and by what weights, once their scores are
+            known: a registered policy's name, a mapping `{"name": …, **settings}`, or a `Policy`; None for
+            the ordinary step. A function of one's own goes to the manager.
+        gram: Give the Gram matrix of each step's samples, `manager.gram`.
         pairwise: Score every pair of a training and a validation sample; scores are then `[B, V]`.
         resolution: What the score shards tell apart: nothing, layers, families, or attention heads.
         strict: Refuse a selection that leaves a trainable parameter unscored.
@@ -122,6 +127,8 @@ class GhostConfig:
     loss_reduction: LossReduction | None = None
     preconditioner: Preconditioner = Preconditioner.NONE
     credit: Credit = Credit.TRAJECTORY
+    policy: Policy | None = None
+    gram: bool = False
     pairwise: bool = False
     resolution: Resolution = Resolution.TOTAL
     strict: bool = False
@@ -165,6 +172,8 @@ class GhostConfig:
             raise GhostConfigError(
                 f"credit={self.credit.value!r} has no effect with preconditioner='none': leave it out."
             )
+        if self.defers:
+            self._check_deferred()
         if self.val_mode is ValMode.SEPARATE and self.algebra is Algebra.TOKEN_TOKEN:
             raise GhostConfigError("algebra='token_token' needs the validation rows of val_mode='concat'.")
         if self.order == 2 and self.val_mode is not ValMode.SEPARATE:
@@ -203,6 +212,28 @@ class GhostConfig:
                 f"preconditioner={name!r} takes the layers' backward into its own hands: set bitwise=False."
             )
 
+    @property
+    def defers(self) -> bool:
+        """Whether the parameters' gradients wait for the end of the step, with the samples' factors kept."""
+        return self.policy is not None or self.gram
+
+    def _check_deferred(self) -> None:
+        what = "gram=True" if self.policy is None else f"policy={self.policy.name!r}"
+        if self.bitwise:
+            raise GhostConfigError(
+                f"{what} takes the layers' backward into its own hands: set bitwise=False."
+            )
+        if self.preconditioner is not Preconditioner.NONE:
+            raise GhostConfigError(
+                f"preconditioner={self.preconditioner.value!r} scores the optimizer's step on the whole "
+                f"batch, which is not known where {what} decides: set it to 'none'."
+            )
+        if self.algebra in (Algebra.FUSED, Algebra.TOKEN_TOKEN) and self.val_mode is ValMode.SEPARATE:
+            raise GhostConfigError(
+                f"algebra={self.algebra.value!r} has no effect with {what} and val_mode='separate', where no "
+                "gradient is formed before the samples' weights are known: leave it at 'auto'."
+            )
+
     def _check_types(self) -> None:
         for name in (
             *("val_batch_size", "val_every", "gradient_accumulation_steps", "save_interval", "chunk_mb"),
@@ -215,7 +246,7 @@ class GhostConfig:
             raise GhostConfigError(f"order={shown(self.order)} should be 1 or 2.")
         if type(self.proj_seed) is not int:
             raise GhostConfigError(f"proj_seed={shown(self.proj_seed)} should be a whole number.")
-        for name in ("bitwise", "pairwise", "strict", "include_embeddings", "weight_grads"):
+        for name in ("bitwise", "gram", "pairwise", "strict", "include_embeddings", "weight_grads"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "weight_grads" and value is None):
                 raise GhostConfigError(f"{name}={shown(value)} should be true or false.")
@@ -281,6 +312,8 @@ def convert(name: str, value: Any) -> Any:
         return enums[name](raw)
     if name == "engine":
         return str(value).lower().replace("_", "")
+    if name == "policy":
+        return policy_of(value)
     if name == "proj_layers":
         return _patterns(value)
     if name in _WORDS:

@@ -47,6 +47,33 @@ class Ranks:
                 "it scores the samples of its own batches."
             )
 
+    def all_rows(self, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
+        """The ranks' rows of some tensors, one rank's behind the other's, and which of them are this one's.
+
+        Ranks may have different numbers of rows. Those of several ranks are in the host's memory.
+        """
+        rows = len(next(iter(own.values())))
+        if self.world_size == 1:
+            return dict(own), slice(0, rows)
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, {key: tensor.cpu() for key, tensor in own.items()}, group=self.group)
+        sizes = [len(next(iter(theirs.values()))) for theirs in found]
+        first = sum(sizes[: self.rank])
+        return {key: torch.cat([theirs[key] for theirs in found]) for key in own}, slice(first, first + rows)
+
+    def refuse_other_weights(self, weights: Tensor) -> None:
+        """Raise `ProtocolError` where ranks have decided differently on the samples of all of them."""
+        if self.world_size == 1:
+            return
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, weights.tolist(), group=self.group)
+        other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+        if other is not None:
+            raise ProtocolError(
+                f"the policy's weights on rank {other} differ from rank 0's: it should decide by what it is "
+                "given alone, and draw random numbers from a generator seeded by the iteration."
+            )
+
 
 ALONE = Ranks()
 

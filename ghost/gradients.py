@@ -12,6 +12,7 @@ questions that an engine asks:
 * `sum_and_dots(targets)`, `sum_and_scores(val, sizes)`: sum and inner products at once, by whichever algebra
   is the cheapest for the shapes at hand;
 * `take(axis, index)`: the same for a slice of the parameter, such as the rows of one attention head;
+* `weighed(rows, weights)`: the same for some of the samples, each times a number;
 * `project(rows, columns)`: every sample's gradient multiplied by a matrix from either side.
 
 There are three forms, and they cover all layers: `OuterProducts` (matrices that multiply), `RowGathers`
@@ -42,6 +43,13 @@ def vectors(values: Tensor) -> Tensor:
     return values.flatten(1) if values.dim() > 1 else values[:, None]
 
 
+def times_rows(values: Tensor, weights: Tensor | None) -> Tensor:
+    """`[r, …]` with each row times its weight `[r]`; None for ones."""
+    return (
+        values if weights is None else values * weights.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+    )
+
+
 def applied(values: Tensor, projection: Tensor | None) -> Tensor:
     """`[b, T, n]` times the projection `[k, n]` along the last axis, `[b, T, k]`, in float32 at least."""
     values = values.to(algebra.accumulation_dtype(values.dtype))
@@ -59,6 +67,10 @@ class SampleGradients(ABC):
     @abstractmethod
     def samples(self, lo: int, hi: int) -> Self:
         """The samples from `lo` up to `hi`."""
+
+    @abstractmethod
+    def weighed(self, rows: Tensor, weights: Tensor | None) -> Self:
+        """The gradients of the samples `rows` `[r]` int64, each times its weight `[r]`; None for ones."""
 
     @abstractmethod
     def take(self, axis: int, index: Sequence[slice]) -> Self:
@@ -81,6 +93,11 @@ class SampleGradients(ABC):
             rows: `[k, m]`; None for the identity.
             columns: `[l, n]`; None for the identity.
         """
+
+    @property
+    @abstractmethod
+    def matrix(self) -> tuple[int, int]:
+        """The parameter as a matrix, as `tile` has it: its first axis, and all others as one."""
 
     @property
     @abstractmethod
@@ -146,11 +163,19 @@ class Materialised(SampleGradients):
     def samples(self, lo: int, hi: int) -> Self:
         return type(self)(self.values[lo:hi])
 
+    def weighed(self, rows: Tensor, weights: Tensor | None) -> Self:
+        return type(self)(times_rows(self.values[rows], weights))
+
     def take(self, axis: int, index: Sequence[slice]) -> Self:
         return type(self)(cut(self.values, 1 + axis, index))
 
     def sum(self) -> Tensor:
         return self.values.sum(0)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        own = self.values.shape[1:]
+        return (own[0], own[1:].numel()) if own else (1, 1)
 
     @property
     def example(self) -> Tensor:
@@ -217,6 +242,9 @@ class OuterProducts(SampleGradients):
     def samples(self, lo: int, hi: int) -> Self:
         return type(self)(self.left[lo:hi], self.right[lo:hi], self.shape, self.plan)
 
+    def weighed(self, rows: Tensor, weights: Tensor | None) -> Self:
+        return type(self)(times_rows(self.left[rows], weights), self.right[rows], self.shape, self.plan)
+
     def take(self, axis: int, index: Sequence[slice]) -> Self:
         if axis == 0:
             return type(self)(cut(self.left, 2, index), self.right, plan=self.plan)
@@ -224,6 +252,10 @@ class OuterProducts(SampleGradients):
 
     def sum(self) -> Tensor:
         return algebra.summed(self.left, self.right).view(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return self.left.shape[2], self.right.shape[2]
 
     @property
     def example(self) -> Tensor:
@@ -275,6 +307,9 @@ class RowGathers(SampleGradients):
     def samples(self, lo: int, hi: int) -> Self:
         return type(self)(self.ids[lo:hi], self.grad[lo:hi], self.num_rows)
 
+    def weighed(self, rows: Tensor, weights: Tensor | None) -> Self:
+        return type(self)(self.ids[rows], times_rows(self.grad[rows], weights), self.num_rows)
+
     def take(self, axis: int, index: Sequence[slice]) -> Self:
         assert axis == 1, "a table is cut by columns"
         return type(self)(self.ids, cut(self.grad, 2, index), self.num_rows)
@@ -283,6 +318,10 @@ class RowGathers(SampleGradients):
         return torch.ops.aten.embedding_dense_backward(
             self.grad, self.ids, self.num_rows, -1, False
         )  # [V, d]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return self.num_rows, self.grad.shape[2]
 
     @property
     def example(self) -> Tensor:

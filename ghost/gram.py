@@ -104,8 +104,8 @@ def _settings(config: GhostConfig, reduction: LossReduction, uses: dict[tuple[st
     return replace(
         config, engine=GradDotProdEngine.name, val_mode=ValMode.CONCAT, val_batch_size=None, val_every=1,
         val_grad_device=ValGradDevice.MODEL, order=1, preconditioner=Preconditioner.NONE,
-        credit=Credit.TRAJECTORY, bitwise=False, loss_reduction=reduction, pairwise=True,
-        resolution=Resolution.TOTAL, strict=False,
+        credit=Credit.TRAJECTORY, bitwise=False, loss_reduction=reduction, policy=None, gram=False,
+        pairwise=True, resolution=Resolution.TOTAL, strict=False,
         selection=Selection(include=tuple(f"re:{re.escape(name)}" for name in names)),
         score_dtype=torch.float64, storage_dtype=None, gradient_accumulation_steps=1, result_dir=None,
     )  # fmt: skip

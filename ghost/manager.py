@@ -5,7 +5,7 @@ gradients.
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from ghost.batch import Inputs, row_count, sample_indices
 from ghost.choice import Choices
 from ghost.config import GhostConfig, Resolution, convert
 from ghost.distributed import ALONE, ddp_wrapper, ranks_of
-from ghost.engines import Engine, LayerScores, LossFn, engine_class
+from ghost.engines import Engine, GradDotProdEngine, LayerScores, LossFn, engine_class
 from ghost.errors import BatchError, GhostConfigError, ProtocolError, shown
+from ghost.policies import Policy, policy_of
+from ghost.policies.base import WeightFunction
+from ghost.policies.reweighting import Reweighting
 from ghost.rows import Step, StepRows, together
 from ghost.scores import ScoreLog
 from ghost.second_order import refuse_gradients_left
@@ -79,6 +82,8 @@ class GhostEngineManager:
         scaler: The loop's `torch.amp.GradScaler`, if it has one.
         state: `state_dict()` of a manager of the same run, to go on behind it; score shards that were written
             later are deleted. The loop brings back model, optimizer and random state itself.
+        policy: Which of a step's samples its gradient is of, in place of `config.policy`: a function from
+            `ghost.policies.StepSamples` to weights `[B]`, a policy, or what `config.policy` can be.
 
     Raises:
         GhostConfigError, UnsupportedModelError: Before anything is changed.
@@ -88,8 +93,11 @@ class GhostEngineManager:
         self, config: Any, model: nn.Module, optimizer: torch.optim.Optimizer | None, ddp_info: Any = None,
         val_data: Any = None, loss_fn: LossFn | None = None, scaler: Any = None,
         state: Mapping[str, Any] | None = None,
+        policy: str | Mapping[str, Any] | Policy | WeightFunction | None = None,
     ) -> None:  # fmt: skip
         self.config = GhostConfig.read(config)
+        if policy is not None:
+            self.config = replace(self.config, policy=policy_of(policy))
         kind = engine_class(self.config.engine)
         idle = optimizer is None and not kind.needs_optimizer
         if not isinstance(model, nn.Module) or not (idle or isinstance(optimizer, torch.optim.Optimizer)):
@@ -102,6 +110,11 @@ class GhostEngineManager:
                 f"weight_grads=False has no effect with engine={self.config.engine!r}, which fills .grad in "
                 "any case: leave it out."
             )
+        if self.config.defers and not kind.takes_policies:
+            raise GhostConfigError(
+                f"engine={self.config.engine!r} has no scores by which a step's samples could be weighed: "
+                "set engine='graddotprod', or leave policy and gram out."
+            )
         if self.config.weight_grads is None:
             self.config = replace(self.config, weight_grads=optimizer is not None)
         in_step = kind.step_wide or bool(self.config.weight_grads)
@@ -113,6 +126,11 @@ class GhostEngineManager:
         self.engine: Engine = kind(
             self.model, self.config, val_data, loss_fn, self._scaler, self._ranks, optimizer
         )  # fmt: skip
+        self._reweighting: Reweighting | None = None
+        if self.config.defers:
+            assert isinstance(self.engine, GradDotProdEngine), "it is the one kind that takes policies"
+            self._reweighting = Reweighting(self.engine)
+        self._unaveraged = ExitStack()  # holds DistributedDataParallel back until the weights are known
         if state is not None:
             self.engine.load_state_dict(state["engine"])
         self._log = self._score_log(None if state is None else state["shards"])
@@ -142,9 +160,10 @@ class GhostEngineManager:
         )  # fmt: skip
 
     def _refuse_unknown_averaging(self) -> None:
-        if self.config.order == 2 and self._ranks.world_size > 1 and self._ddp is None:
+        late = "order=2" if self.config.order == 2 else "a policy" if self.config.defers else ""
+        if late and self._ranks.world_size > 1 and self._ddp is None:
             raise GhostConfigError(
-                "order=2 needs the averaged training gradient when the last backward is done, and "
+                f"{late} needs the averaged training gradient when the last backward is done, and "
                 "ddp_info={'ddp': True} does not say when a loop averages: give the manager the model in "
                 "DistributedDataParallel."
             )
@@ -193,6 +212,8 @@ class GhostEngineManager:
             )
         self._share = 1.0 / (steps * self._ranks.world_size) if share is None else share
         self.engine.begin(X, Y, self._step is None, self._share)
+        if self._reweighting is not None and self._ddp is not None and self._step is None:
+            self._unaveraged.enter_context(self._ddp.no_sync())
         self._wrapper_called = False
         self._step = self._step or Step(iteration)
         self._step.samples.append(sample)
@@ -283,6 +304,29 @@ class GhostEngineManager:
         after `prepare_gradients`. A sample's value is `η c · score − (η c)²/2 · curvature`.
         """
         return self._total(self._curvatures_by_parameter())
+
+    @property
+    def weights(self) -> Tensor:
+        """How often each of the latest step's samples is in `.grad`, `Σ_i w_i g_i`, `[B]` float64: 1 for all
+        in an ordinary step, 0 for what a policy has dropped (`ghost.policies`).
+        """
+        if self._step is None or self._step.weights is None:
+            raise ProtocolError(
+                "no weights are known: they need a policy, and are there after prepare_gradients()."
+            )
+        return self._step.weights
+
+    @property
+    def gram(self) -> Tensor:
+        """`⟨g_i, g_j⟩` of the latest step's samples over all that is scored, `[B, B]`: with `gram=True`, or a
+        policy that reads it, after `prepare_gradients`. `g_i` is sample i's part of the step's gradient as in
+        `scores`, whatever its weight.
+        """
+        if self._step is None or self._step.gram is None:
+            raise ProtocolError(
+                "no Gram matrix is known: it needs gram=True, and is there after prepare_gradients()."
+            )
+        return self._step.gram
 
     def _total(self, by_parameter: LayerScores) -> Tensor:
         parts = list(by_parameter.values())
@@ -419,6 +463,7 @@ class GhostEngineManager:
             )  # fmt: skip
             self._step = None
         self.engine.detach()
+        self._unaveraged.close()
         if self._ddp_hook is not None:
             self._ddp_hook.remove()
         self.is_active = False
@@ -447,6 +492,8 @@ class GhostEngineManager:
 
     def _note_wrapper(self, *_: Any) -> None:
         self._wrapper_called = True
+        if self._reweighting is not None and self._micro_batch_open and self._ddp is not None:
+            self._ddp.require_backward_grad_sync = False  # loops set it for a step's last micro-batch
 
     def _by_parameter(self) -> LayerScores:
         if self._step is None or not self._step.scores:
@@ -481,13 +528,18 @@ class GhostEngineManager:
         step, self._step = self._step, None
         step.rates = self._observer.rates()
         lr = step.rates.tolist()
-        groups = self._observer.groups()
-        step.curvatures = self.engine.finish({key: lr[group] for key, group in groups.items()})
+        by_parameter = {key: lr[group] for key, group in self._observer.groups().items()}
+        self._unaveraged.close()
+        if self._reweighting is not None:
+            decision = self._reweighting(step, by_parameter)
+            step.weights, step.gram = decision.weights, decision.gram
+        step.curvatures = self.engine.finish(by_parameter)
         self._step = step  # where this fails, the step is dropped
 
     def _abandon_step(self) -> None:
         """Forget the step in progress; one that is complete stays, to be logged."""
         self.engine.abandon()
+        self._unaveraged.close()
         self._micro_batch_open = False
         if not self._complete:
             self._step = None

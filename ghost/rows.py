@@ -22,6 +22,9 @@ class Step:
 
     Attributes:
         rates: The groups' learning rates `[R]` when its last backward was done, float64.
+        weights: How often each sample's part of the step's gradient is in `.grad`, `[B]` float64, where a
+            policy has decided on it.
+        gram: `⟨g_i, g_j⟩`, `[B, B]`, where it was asked for.
     """
 
     iteration: int
@@ -29,6 +32,8 @@ class Step:
     scores: list[LayerScores] = field(default_factory=list)
     curvatures: list[LayerScores] = field(default_factory=list)
     rates: Tensor | None = None
+    weights: Tensor | None = None
+    gram: Tensor | None = None
 
     def sample(self) -> Tensor:
         return torch.cat(self.samples)
@@ -99,7 +104,10 @@ class StepRows:
             self._refuse_other_rates(step, update)
             _, curvature, _ = self._columns(together(step.curvatures), update)
         val = self._engine.val_rows() if self._config.pairwise else None
-        rows.append(step.iteration, step.sample(), score, lr, update.clip, columns, val, curvature)
+        rows.append(
+            step.iteration, step.sample(), score, lr, update.clip, columns, val, curvature,
+            step.weights,
+        )  # fmt: skip
 
     def _refuse_other_rates(self, step: Step, update: Update) -> None:
         """Curvatures are of the direction in which the groups' learning rates turn the gradient."""

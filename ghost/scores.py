@@ -51,7 +51,8 @@ class ScoreLog:
     each column is. Columns add up to a row's value, `Σ_k score_k · lr_k · clip`. Pairwise shards have `val
     [n, V]` as well, the validation rows that the columns are about.
 
-    Shards of second-order scores have `curvature` too, of the shape of `score` (`ghost.values`).
+    Shards of second-order scores have `curvature` too, of the shape of `score` (`ghost.values`), and those of
+    a run with a policy `weight` `[n]`.
 
     Several ranks write into one folder, each its own shards `shard-*-rank*.pt`.
 
@@ -117,6 +118,7 @@ class ScoreLog:
     def append(
         self, step: int, sample: Tensor, score: Tensor, lr: Tensor, clip: Tensor,
         columns: Sequence[Column] = ONE_COLUMN, val: Tensor | None = None, curvature: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Add one step's rows; they stay on their device until they are written.
 
@@ -128,6 +130,7 @@ class ScoreLog:
             columns: What the K columns are.
             val: `[V]` int64, the validation rows that pairwise columns are about.
             curvature: `[n, K]`, the second-order term of scores that have one.
+            weight: `[n]`, how often each row's sample is in the step that was taken; None for once.
         """
         if tuple(columns) != self._columns:
             self.flush()  # a shard's rows have the same columns
@@ -142,6 +145,8 @@ class ScoreLog:
         }
         if curvature is not None:
             row["curvature"] = curvature.reshape(shape).to(self._dtype)
+        if weight is not None:
+            row["weight"] = weight.double()
         if val is not None:
             row["val"] = val.expand(sample.shape[0], -1)
         self._rows.append(row)

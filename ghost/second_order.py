@@ -80,9 +80,6 @@ class SecondOrderValidation(SeparateValidation):
 
     A validation pass that is all there is keeps its graph until the end of the step. Passes in parts run
     again, so that the graph of one part is held at a time.
-
-    Args:
-        kept: Where taps keep per-sample gradients.
     """
 
     def __init__(
@@ -90,11 +87,10 @@ class SecondOrderValidation(SeparateValidation):
         config: GhostConfig, val_data: ValData | None, loss_fn: LossFn | None, scaler: Any, kept: Kept,
     ) -> None:  # fmt: skip
         refuse_second_order(model, scaler)
-        self._kept = kept
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._graph: Gradients | None = None
         self._is_checked = False
-        super().__init__(model, state, layers, scored, config, val_data, loss_fn, scaler)
+        super().__init__(model, state, layers, scored, config, val_data, loss_fn, scaler, kept)
         self._is_one_pass = [len(parts) for parts in self._micro_batches] == [1]
 
     def _tap(self, layer: Layer, config: GhostConfig) -> Tap:

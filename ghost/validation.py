@@ -37,6 +37,7 @@ from ghost.errors import GhostConfigError, shown
 from ghost.fingerprint import tensors_fingerprint
 from ghost.instrument import Instrument
 from ghost.items import Items
+from ghost.kept import DeferringConcatTap, DeferringTargetTap, Kept
 from ghost.layers import Layer
 from ghost.loss import LossReduction, count, infer_reduction
 from ghost.nesting import leaves
@@ -194,10 +195,11 @@ class JointValidation(Validation):
 
     def __init__(
         self, model: nn.Module, state: StepState, layers: list[Layer], scored: ScoredParts,
-        config: GhostConfig, val_data: ValData | None, rule: UpdateRule | None = None,
+        config: GhostConfig, val_data: ValData | None, kept: Kept, rule: UpdateRule | None = None,
     ) -> None:  # fmt: skip
         parameter = next(iter(layers[0].params.values()))
         self._dtype = accumulation_dtype(parameter.dtype)
+        self._kept = kept
         self._reduction = config.loss_reduction or infer_reduction(model)
         self._pad_id = _pad_id(model)
         self._val = ValidationRows(val_data, device_of(parameter), self._join)
@@ -226,7 +228,9 @@ class JointValidation(Validation):
         config: GhostConfig,
     ) -> Instrument:
         names = {layer.name for layer in layers if scored[layer.name]}
-        ties = [tie for tie in find_ties(layers) if {tie.table.name, tie.head.name} & names]
+        # Ties that travel along the graph keep nothing; the ledger settles them as it does other shared ones.
+        found = [] if config.defers else find_ties(layers)
+        ties = [tie for tie in found if {tie.table.name, tie.head.name} & names]
         for tie in ties:  # each needs the other's validation gradient
             scored = scored | {tie.table.name: {"weight": (None,)}, tie.head.name: {"weight": (None,)}}
         tied = {id(tie.table.params["weight"]) for tie in ties}
@@ -234,8 +238,9 @@ class JointValidation(Validation):
             key for key, uses in shared_parameters(layers).items()
             if key not in tied and any(param in scored[layer.name] for layer, param in uses)
         }  # fmt: skip
+        make = functools.partial(DeferringConcatTap, kept=self._kept) if config.defers else ConcatTap
         taps: list[Tap] = [
-            ConcatTap(
+            make(
                 layer, scored[layer.name], config.algebra, state,
                 frozenset(key for key, p in layer.params.items() if id(p) in shared),
                 choices=self.choices,
@@ -362,10 +367,11 @@ class SeparateValidation(Validation):
 
     def __init__(
         self, model: nn.Module, state: StepState, layers: list[Layer], scored: ScoredParts,
-        config: GhostConfig, val_data: ValData | None, loss_fn: LossFn | None, scaler: Any,
+        config: GhostConfig, val_data: ValData | None, loss_fn: LossFn | None, scaler: Any, kept: Kept,
         rule: UpdateRule | None = None,
     ) -> None:  # fmt: skip
         self._model, self._loss_fn, self._every = model, loss_fn or model_loss, config.val_every
+        self._kept = kept
         self._scored, self._rule, self.choices = scored, rule, Choices(config.chunk_mb)
         taps = self._taps(layers, config, state)
         layers = [tap.layer for tap in taps]
@@ -404,6 +410,12 @@ class SeparateValidation(Validation):
     def _taps(self, layers: list[Layer], config: GhostConfig, state: StepState) -> list[Tap]:
         if isinstance(self._rule, AdamRule):
             return list(slope_taps(TargetSlopeTap, layers, self._scored, state, self.choices))
+        if config.defers:  # layers that are not scored, too: their gradients wait for the samples' weights
+            scored, how = self._scored, config.algebra
+            return [
+                DeferringTargetTap(layer, scored[layer.name], how, self._kept, choices=self.choices)
+                for layer in layers
+            ]
         return [self._tap(layer, config) for layer in layers if self._scored[layer.name]]
 
     def _tap(self, layer: Layer, config: GhostConfig) -> Tap:

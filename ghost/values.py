@@ -3,7 +3,8 @@ credited to a sample.
 
 With SGD this is first-order In-Run Data Shapley (Wang et al., ICLR 2025, Theorem 3), signed so that positive
 values help. Where shards have curvatures, a step's value is of second order,
-`η c · score − (η c)²/2 · curvature` (Theorem 4; `ghost.second_order`).
+`η c · score − (η c)²/2 · curvature` (Theorem 4; `ghost.second_order`). Where they have weights, of a policy's
+(`ghost.policies`), a step's value is so many times that: what a sample has added to the step that was taken.
 """
 
 import logging
@@ -23,8 +24,8 @@ log = logging.getLogger(__name__)
 
 
 def row_values(shard: Mapping[str, Tensor]) -> Tensor:
-    """Each row's value `η_t · c_t · score`, less `(η_t · c_t)²/2 · curvature` where there is one, `[n]`
-    float64, summed over the columns of wide scores.
+    """Each row's value `η_t · c_t · score`, less `(η_t · c_t)²/2 · curvature` where there is one, times the
+    sample's weight where a policy gave one, `[n]` float64, summed over the columns of wide scores.
 
     A step that was not taken (`c_t` = 0) gives nothing, also where an overflow made its scores infinite.
     """
@@ -38,6 +39,8 @@ def column_values(shard: Mapping[str, Tensor], columns: int) -> Tensor:
     values = shard["score"].double().reshape(len(clip), columns) * moved
     if "curvature" in shard:
         values = values - shard["curvature"].double().reshape(len(clip), columns) * moved.square() / 2
+    if "weight" in shard:
+        values = values * shard["weight"].double()[:, None]
     return torch.where(clip == 0, torch.zeros_like(values), values)
 
 

@@ -19,6 +19,7 @@ from ghost.heads import Part
 from ghost.loss import infer_reduction
 from ghost.manager import unwrap
 from ghost.plain import PlainUse, Rows, plain_uses
+from ghost.policies import All
 from ghost.preconditioner import Preconditioner
 from ghost.trial import ScoredStep, TrialStep
 from ghost.validation import ValData, model_loss
@@ -47,7 +48,8 @@ def verify(
 
     Args:
         model: The model, compiled or not.
-        config: Settings, as for `GhostEngineManager`; nothing is written to its `result_dir`.
+        config: Settings, as for `GhostEngineManager`; nothing is written to its `result_dir`, and a policy
+            keeps every sample.
         train: `(X, Y)`, training rows as the loop has them; the first `rows` of them are used.
         val_data: `(X_val, Y_val)`, or named sets of them; the first rows of each are used, as many as a step
             takes (`concat`) or two micro-batches of the validation pass.
@@ -65,6 +67,8 @@ def verify(
         UnsupportedModelError, BatchError: As the manager itself would.
     """
     settings = replace(GhostConfig.read(config), result_dir=None)
+    if settings.defers:  # the gradients' way through the samples' factors is checked, on the whole batch
+        settings = replace(settings, policy=All(), gram=False)
     if not issubclass(engine_class(settings.engine), GradDotProdEngine):
         raise GhostConfigError(
             f"engine={settings.engine!r} takes no gradient dot products, so there is nothing to verify: use "

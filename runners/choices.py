@@ -15,6 +15,9 @@ TaskName = StrEnum(
 )
 EngineName = StrEnum("EngineName", ["graddotprod", "gradprojlora", "regular"])
 OptimizerName = StrEnum("OptimizerName", ["adam", "adamw", "sgd"])
+PolicyName = StrEnum(
+    "PolicyName", ["none", "all", "top_k", "bottom_k", "threshold", "softmax", "greedy", "curriculum"]
+)
 Attention = StrEnum("Attention", ["sdpa", "eager"])
 InterpreterDomain = StrEnum("InterpreterDomain", ["code", "docs", "legal"])
 ValMode = StrEnum("ValMode", ["concat", "separate"])

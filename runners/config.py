@@ -27,6 +27,7 @@ from runners.choices import (
     ModelKind,
     NonFinite,
     OptimizerName,
+    PolicyName,
     Preconditioner,
     ProjectionKind,
     Resolution,
@@ -42,7 +43,8 @@ from runners.choices import (
 )
 
 GROUPS = (
-    *("model", "data", "engine", "layers", "dtype", "hardware", "optimizer", "trainer", "tracking"),
+    *("model", "data", "engine", "layers", "dtype", "hardware", "optimizer", "policy", "trainer"),
+    "tracking",
     *("experiment", "hparams_search", "debug"),
 )
 
@@ -323,7 +325,7 @@ class HardwareConfig:
     offload: bool = key("keep weights and optimizer in the CPU's memory between uses (fsdp on GPUs)", False)
 
 
-# ---------------------------------------------------------------- optimizer, trainer, tracking
+# ---------------------------------------------------------------- optimizer
 
 
 @dataclass
@@ -358,6 +360,75 @@ class SGDOptimizer(OptimizerConfig):
     name: OptimizerName = fixed(OptimizerName.sgd)
     momentum: float = key("momentum, in [0, 1)")
     nesterov: bool = key("Nesterov's form of momentum")
+
+
+# ---------------------------------------------------------------- policy
+
+
+@dataclass
+class PolicyConfig:
+    """The ordinary step: scores are taken, and change nothing."""
+
+    name: PolicyName = fixed(PolicyName.none)
+
+
+@dataclass
+class AllPolicy(PolicyConfig):
+    """Every sample of a step, by the way that other policies take: their baseline for cost."""
+
+    name: PolicyName = fixed(PolicyName.all)
+
+
+@dataclass
+class TopKPolicy(PolicyConfig):
+    """A step is over its samples with the largest scores."""
+
+    name: PolicyName = fixed(PolicyName.top_k)
+    k: int | float = key("samples of a step that are kept: a number, or a fraction such as 0.5")
+
+
+@dataclass
+class BottomKPolicy(TopKPolicy):
+    """A step is over its samples with the smallest scores."""
+
+    name: PolicyName = fixed(PolicyName.bottom_k)
+
+
+@dataclass
+class GreedyPolicy(TopKPolicy):
+    """A step is over samples chosen one after the other, by what each adds to those before it (GREATS)."""
+
+    name: PolicyName = fixed(PolicyName.greedy)
+    order: int = key("1: by scores alone; 2: less what samples have in common with those chosen")
+
+
+@dataclass
+class ThresholdPolicy(PolicyConfig):
+    """A step is over its samples with scores above a limit."""
+
+    name: PolicyName = fixed(PolicyName.threshold)
+    above: float = key("the limit, itself excluded; 0: samples that lower the validation loss")
+
+
+@dataclass
+class SoftmaxPolicy(PolicyConfig):
+    """A step's samples weigh by the softmax of their standardised scores."""
+
+    name: PolicyName = fixed(PolicyName.softmax)
+    temperature: float = key("large ones weigh all samples alike, small ones the best alone")
+
+
+@dataclass
+class CurriculumPolicy(PolicyConfig):
+    """A step is over its samples whose scores' quantiles lie in a window that moves over the steps."""
+
+    name: PolicyName = fixed(PolicyName.curriculum)
+    start: list[float] = key("quantiles that bound the window at first, such as [0.5,1]")
+    end: list[float] = key("and at last, such as [0,1]")
+    steps: int = key("steps over which the window moves")
+
+
+# ---------------------------------------------------------------- trainer, tracking
 
 
 @dataclass
@@ -430,6 +501,7 @@ class RunConfig:
     dtype: DtypeConfig = MISSING
     hardware: HardwareConfig = MISSING
     optimizer: OptimizerConfig = MISSING
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     trainer: TrainerConfig = MISSING
     tracking: TrackingConfig = MISSING
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -458,6 +530,14 @@ SCHEMAS: dict[str, type] = {
     "schema_optimizer_adam": AdamOptimizer,
     "schema_optimizer_adamw": AdamWOptimizer,
     "schema_optimizer_sgd": SGDOptimizer,
+    "schema_policy_none": PolicyConfig,
+    "schema_policy_all": AllPolicy,
+    "schema_policy_top_k": TopKPolicy,
+    "schema_policy_bottom_k": BottomKPolicy,
+    "schema_policy_threshold": ThresholdPolicy,
+    "schema_policy_softmax": SoftmaxPolicy,
+    "schema_policy_greedy": GreedyPolicy,
+    "schema_policy_curriculum": CurriculumPolicy,
     "schema_trainer": TrainerConfig,
     "schema_tracking": TrackingConfig,
 }

@@ -43,12 +43,15 @@ class StepResult:
         counted: What that is a mean over: predicted tokens, or samples.
         lr: The learning rate that the optimizer used.
         scores: The scores' sum, how many are negative, and how many there are.
+        weights: How many samples the policy has kept, the sum of their weights and of the weights' squares;
+            None without a policy.
     """
 
     loss: float
     counted: int
     lr: float
     scores: tuple[float, float, float]
+    weights: tuple[float, float, float] | None
 
 
 @dataclass
@@ -170,9 +173,14 @@ class TrainingLoop:
             self.manager.save_metrics(step)
         loss_sum = torch.stack(losses).to(self._precise).sum()
         sums = [scores.sum(), (scores < 0).sum(), torch.tensor(scores.numel())]
+        has_policy = self.cfg.policy.name != "none"
+        if has_policy:
+            weights = self.manager.weights
+            sums += [(weights > 0).sum(), weights.sum(), weights.square().sum()]
         of_all = self.world.sum(torch.stack([loss_sum, *(value.to(self._precise) for value in sums)]))
-        loss, total, negative, number = of_all.tolist()
-        return StepResult(loss / counted, counted, lr, (total, negative, number))
+        loss, total, negative, number, *weighed = of_all.tolist()
+        kept = (weighed[0], weighed[1], weighed[2]) if has_policy else None
+        return StepResult(loss / counted, counted, lr, (total, negative, number), kept)
 
     @contextmanager
     def _kept_where_memory_ends(self, step: int, random: dict[str, Any]) -> Iterator[None]:
@@ -272,6 +280,9 @@ class TrainingLoop:
         if self.cfg.engine.name != "regular":
             total, negative, number = result.scores
             metrics |= {"scores/mean": total / number, "scores/negative_share": negative / number}
+        if result.weights is not None:
+            kept, total, squares = result.weights
+            metrics |= {"policy/kept": kept, "policy/effective_samples": total**2 / squares if kept else 0.0}
         return metrics
 
     def _memory(self) -> dict[str, float]:

@@ -38,14 +38,15 @@ def non_finite(
 
     Args:
         losses: `[m]`, of the step's micro-batches.
-        grads: As the backward left them.
+        grads: As the step's last backward left them; none, maybe.
         scores: Of the step's samples, any shape.
         is_scaled: Whether a gradient scaler skips steps whose gradients overflow, which is no mistake then;
             nor are their scores.
     """
     # Smallest and largest entry, either of which a NaN replaces: five times quicker than isfinite.
     ends = [torch.stack(torch.aminmax(_local(grad))).double() for grad in grads if grad.numel()]
-    fine = [losses.isfinite().all(), torch.cat(ends).isfinite().all(), scores.isfinite().all()]
+    gradient = torch.cat(ends) if ends else losses.new_zeros(0)  # none where a policy keeps no sample
+    fine = [losses.isfinite().all(), gradient.isfinite().all(), scores.isfinite().all()]
     flags = torch.stack([~flag.to(losses.device) for flag in fine]).to(torch.int64)  # [3]
     loss, gradients, score = (bool(flag) for flag in world.sum(flags).tolist())
     if is_scaled:

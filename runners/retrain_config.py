@@ -34,6 +34,7 @@ IDLE: dict[str, tuple[object, str]] = {
     "resume": (None, "has no use in runners.retrain, which goes on in its hydra.run.dir"),
     "sweep.skip_finished": (True, "has no use in runners.retrain, which goes on where it ended"),
     "trainer.eval_only": (False, "has no use in runners.retrain"),
+    "policy.name": ("none", "has no use in runners.retrain, whose runs differ in their samples alone"),
     "data.keep": (None, "does not go with runners.retrain, which drops samples itself"),
     "data.drop": (None, "does not go with runners.retrain, which drops samples itself"),
 }

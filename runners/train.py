@@ -256,6 +256,11 @@ def train(
         config, model, optimizer, val_data=val_data, loss_fn=task.mean, scaler=scaler,
         state=None if start is None else start.manager,
     )  # fmt: skip
+    if config.policy is not None:
+        log.info(
+            "Each step is over its samples as the policy weighs them, and values count as much: %s.",
+            config.policy,
+        )
     schedule = build_schedule(cfg.trainer, optimizer)
     trained = Trained(manager.model, optimizer, schedule, scaler, task.cuda_devices())
     called: Any = torch.compile(model) if cfg.trainer.compile else model
@@ -311,6 +316,7 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
         "bitwise": cfg.engine.bitwise,
         "preconditioner": cfg.engine.preconditioner,
         "credit": cfg.engine.credit,
+        "policy": policy_settings(cfg),
         "pairwise": cfg.engine.pairwise,
         "resolution": str(cfg.engine.resolution),
         "strict": cfg.engine.strict,
@@ -325,6 +331,13 @@ def ghost_config(cfg: DictConfig, out: Path, task: Task) -> GhostConfig:
         "save_interval": cfg.trainer.flush_every,
     }
     return GhostConfig.read(settings)
+
+
+def policy_settings(cfg: DictConfig) -> dict[str, Any] | None:
+    """The configured policy as the library takes it; None for the ordinary step."""
+    if cfg.policy.name == "none":
+        return None
+    return OmegaConf.to_container(cfg.policy, resolve=True, enum_to_str=True)  # type: ignore[return-value]
 
 
 def write_coverage(model: nn.Module, config: GhostConfig, task: Task, val_data: Any, path: Path) -> None:

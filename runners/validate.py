@@ -17,6 +17,7 @@ from conf.hydra_errors import suggestion
 from conf.refuse import refuse as _refuse
 from runners.tasks import refuse_other_task
 from runners.validate_data import check_data
+from runners.validate_policy import check_policy
 from runners.validate_projection import check_projection, refuse_test_samples
 from runners.validate_world import check_hardware
 
@@ -35,6 +36,7 @@ SMALLEST = {
     "data.image_token_id": 0,
     "data.vocab_size": 2,
     "engine.val_batch_size": 1,
+    "policy.steps": 1,
     "engine.chunk_mb": 1,
     "engine.val_every": 1,
     "engine.rank_total": 1,
@@ -70,6 +72,7 @@ def check(cfg: DictConfig) -> None:
     _untrained(cfg)
     ENGINES[cfg.engine.name](cfg)
     _optimizer(cfg)
+    check_policy(cfg)
     if cfg.engine.name != "gradprojlora":
         _trainer(cfg)
     _verify(cfg)
@@ -168,7 +171,7 @@ def _model(cfg: DictConfig) -> None:
 
 def _choices_kept(cfg: DictConfig) -> None:
     """The key that tells a group's choices apart does not change the choice: its other keys would not fit."""
-    for group in ("model", "data", "engine", "optimizer"):
+    for group in ("model", "data", "engine", "optimizer", "policy"):
         if group not in cfg:
             continue
         schema = OmegaConf.get_type(cfg[group])

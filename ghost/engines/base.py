@@ -39,11 +39,13 @@ class Engine(ABC):
         name: What `config.engine` says.
         needs_optimizer: Whether it only makes sense in a loop that trains.
         step_wide: Whether its numbers depend on what other processes hold of the step.
+        takes_policies: Whether it has scores by which a step's samples can be weighed.
     """
 
     name: ClassVar[str]
     needs_optimizer: ClassVar[bool] = True
     step_wide: ClassVar[bool] = True
+    takes_policies: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: Any = None,

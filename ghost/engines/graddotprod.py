@@ -20,7 +20,9 @@ from ghost.gradients import Algebra
 from ghost.heads import attention_heads
 from ghost.instrument import Instrument
 from ghost.kept import Kept
+from ghost.kept_gram import gram_of
 from ghost.layers import Layer
+from ghost.loss import LossReduction, infer_reduction, row_counts
 from ghost.moments import Moments
 from ghost.preconditioner import AdamRule, Preconditioner, UpdateRule, update_rule
 from ghost.second_order import SecondOrderValidation
@@ -49,9 +51,17 @@ class GradDotProdEngine(TappedEngine):
     Raises:
         UnsupportedModelError: A trainable parameter or layer cannot be handled exactly.
         GhostConfigError: Settings, selection or validation data cannot work.
+
+    Attributes:
+        kept: What is kept of the step's samples until `finish`: with a policy or the Gram matrix the factors
+            of all parameters' gradients, which then are in no `.grad`; with `order=2` those that are scored.
+        reduction: With a policy or the Gram matrix, what the loss is a mean of.
+        masses: With a policy or the Gram matrix, each micro-batch's rows' shares of the step's loss, that of
+            all ranks, `[b]` float64; ones where the loss is a sum.
     """
 
     name = "graddotprod"
+    takes_policies = True
 
     def __init__(
         self, model: nn.Module, config: GhostConfig, val_data: ValData | None = None,
@@ -74,11 +84,19 @@ class GradDotProdEngine(TappedEngine):
             for key, parts in self.scored[layer.name].items()
         }
         self._rule = self._update_rule(optimizer)
-        self._kept = Kept()
+        self.kept = Kept()
+        self.masses: list[Tensor] = []
+        self.reduction = self._deferred_reduction()
         self.validation = self._validation(val_data, loss_fn)
         self._moments = self._read_moments()
         self._share: float | Tensor = 1.0
         ranks.refuse_different(self.validation.digest(), "val_data")
+
+    def _deferred_reduction(self) -> LossReduction | None:
+        """What the loss is a mean of, where rows are weighed by it."""
+        if not self.config.defers:
+            return None
+        return self.config.loss_reduction or infer_reduction(self.model, "leave policy and gram out")
 
     def _update_rule(self, optimizer: torch.optim.Optimizer | None) -> UpdateRule | None:
         """What the optimizer makes of a gradient, where scores are about that."""
@@ -117,10 +135,10 @@ class GradDotProdEngine(TappedEngine):
     def _validation(self, val_data: ValData | None, loss_fn: LossFn | None) -> Validation:
         what = self.model, self.state, self.layers, self.scored, self.config, val_data
         if self.config.val_mode is ValMode.CONCAT:
-            return JointValidation(*what, self._rule)
+            return JointValidation(*what, self.kept, self._rule)
         if self.config.order == 2:
-            return SecondOrderValidation(*what, loss_fn, self.scaler, self._kept)
-        return SeparateValidation(*what, loss_fn, self.scaler, self._rule)
+            return SecondOrderValidation(*what, loss_fn, self.scaler, self.kept)
+        return SeparateValidation(*what, loss_fn, self.scaler, self.kept, self._rule)
 
     @property
     def reads_gradients(self) -> bool:
@@ -156,8 +174,10 @@ class GradDotProdEngine(TappedEngine):
         moments = {} if self._moments is None else self._moments.begin(first)
         self._open(X, rows, self.validation.sizes, moments)
         if first:
-            self._kept.clear()
-        self._kept.open(self.state.probes)
+            self._release()
+        self.kept.open(self.state.probes)
+        if self.reduction is not None:
+            self.masses.append(_masses(Y, self.reduction, share))
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self._rule is None else {"clip": self._rule.clip}
@@ -225,16 +245,43 @@ class GradDotProdEngine(TappedEngine):
         self.state.close()
         return scores
 
-    def finish(self, rates: Mapping[int, float]) -> list[LayerScores]:
+    def gram(self) -> Tensor:
+        """`⟨g_i, g_j⟩` of the step's samples so far, `[B, B]`, over all that is scored; before `finish`.
+
+        With factors kept for a policy or `gram=True` alone, and of one process.
+        """
+        scale = self._loss_scale()
+        found = gram_of(self.kept, [len(part) for part in self.masses], self.config.chunk_mb << 20)
+        return found if scale is None else found / (scale * scale)
+
+    def curvatures(self, rates: Mapping[int, float]) -> list[LayerScores]:
+        """What `finish` returns, of the gradient that is in `.grad` now."""
         if not isinstance(self.validation, SecondOrderValidation):
             return []
         factor = self.validation.score_factor(1.0, self.ranks.world_size, None)
-        curvatures = self._kept.scores(self.validation.hessian_product(rates))
+        curvatures = self.kept.scores(self.validation.hessian_product(rates))
         return [{key: found * factor for key, found in part.items()} for part in curvatures]
+
+    def finish(self, rates: Mapping[int, float]) -> list[LayerScores]:
+        found = self.curvatures(rates)
+        self._release()
+        return found
 
     def abandon(self) -> None:
         super().abandon()
-        self._kept.clear()
+        self._release()
+
+    def _release(self) -> None:
+        self.kept.clear()
+        self.masses = []
+
+
+def _masses(Y: Tensor, reduction: LossReduction, share: float | Tensor) -> Tensor:
+    """The rows' shares of the step's loss, `[b]` float64."""
+    counts = row_counts(Y, reduction).double()
+    if reduction is LossReduction.SUM:
+        return counts  # ones
+    return counts * share / counts.sum().clamp(min=1.0)
 
 
 def scored_parts(model: nn.Module, layers: list[Layer], config: GhostConfig) -> ScoredParts:

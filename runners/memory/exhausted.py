@@ -105,6 +105,8 @@ def _scoring(cfg: DictConfig, on_device: bool) -> Iterator[Advice]:
         yield Advice(f"lower engine.val_batch_size={engine.val_batch_size}", _PASS)
     if engine.order == 2:
         yield Advice("type engine.order=1", (ACTIVATIONS, BACKWARD))
+    if cfg.policy.name != "none":
+        yield Advice("type policy=none", (ACTIVATIONS, BACKWARD))
     if engine.chunk_mb > _FEW_MB:
         yield Advice(f"lower engine.chunk_mb={engine.chunk_mb}", (BACKWARD,), engine.chunk_mb << 20)
     if engine.val_mode == "concat":
@@ -132,6 +134,7 @@ def _training(cfg: DictConfig) -> Iterator[Advice]:
     scores_adam = OmegaConf.select(cfg, "engine.preconditioner") == "adam"
     if cfg.optimizer.name in ("adam", "adamw") and not scores_adam:
         yield Advice("type optimizer=sgd", (OPTIMIZER,))
-    if cfg.hardware.strategy == "ddp" and OmegaConf.select(cfg, "engine.order") != 2:
+    needs_whole = OmegaConf.select(cfg, "engine.order") == 2 or cfg.policy.name != "none"
+    if cfg.hardware.strategy == "ddp" and not needs_whole:
         yield Advice("type hardware.strategy=fsdp", (WEIGHTS, OPTIMIZER, GRADIENTS))
     yield Advice("take a smaller model", (WEIGHTS,))

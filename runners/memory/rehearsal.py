@@ -63,6 +63,8 @@ class Rehearsal:
     ) -> None:  # fmt: skip
         self.cfg, self.facts, self._device = cfg, facts, device
         self.config, self.val_rows = replace(config, result_dir=None), val_rows
+        if config.defers:  # no policy can decide on scores without memory; at most it keeps the whole batch
+            self.config = replace(self.config, policy=None, gram=True)
         self.task = build_task(cfg, device)
         self.model = _without_memory(build_on_meta(cfg.model, facts), parameter_dtype(cfg.dtype), device)
         self._tally = Tally(device, BATCH)
@@ -91,9 +93,10 @@ class Rehearsal:
         if self.cfg.trainer.activation_checkpointing:
             checkpoint_activations(self.model, self.cfg.model.name)
         optimizer = self._optimizer()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         hooks = [
             parameter.register_post_accumulate_grad_hook(self._note_gradient)
-            for parameter in self.model.parameters() if parameter.requires_grad
+            for parameter in trained if not self.config.defers
         ]  # fmt: skip
         manager = GhostEngineManager(
             self.config, self.model, optimizer, ddp_info={"ddp": False}, val_data=self._val_data(),
@@ -103,6 +106,9 @@ class Rehearsal:
         parts = min(2, self.cfg.trainer.gradient_accumulation_steps)
         for number in range(1, parts + 1):
             self._micro_batch(manager, last=number == parts)
+        if self.config.defers:  # no gradient before the step's end
+            for parameter in trained:
+                self._note_gradient(parameter)
         further = self._unrehearsed(manager)
         with self._tally.labelled(OPTIMIZER):
             optimizer.step()

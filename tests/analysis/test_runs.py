@@ -132,8 +132,10 @@ class Unsafe:
         {name: torch.zeros(2) for name in ("step", "sample", "score", "lr", "clip")} | {"curvature": 0.5},
         {name: torch.zeros(2) for name in ("step", "sample", "score", "lr", "clip")}
         | {"curvature": torch.zeros(2, 2)},
+        {name: torch.zeros(2) for name in ("step", "sample", "score", "lr", "clip")}
+        | {"weight": torch.zeros(3)},
     ],
-    ids=["truncated", "empty", "text", "unsafe", "list", "columns", "lengths", "number", "widths"],
+    ids=["truncated", "empty", "text", "unsafe", "list", "columns", "lengths", "number", "widths", "weights"],
 )
 def test_damaged_shards_are_named(make_run: MakeRun, content: object) -> None:
     path = make_run()
@@ -176,6 +178,22 @@ def test_score_note_says_the_order() -> None:
     config = {"optimizer": {"name": "sgd"}, "engine": {"order": 2}}
     assert score_note(config).startswith("second-order In-Run Data Shapley")
     assert "second-order SGD proxy" in score_note(config | {"optimizer": {"name": "adamw"}})
+
+
+def test_score_note_says_the_policy() -> None:
+    config = {"optimizer": {"name": "sgd"}, "policy": {"name": "top_k", "k": 0.5}}
+    assert score_note(config).endswith("each step's samples count as policy top_k weighed them")
+    assert "policy" not in score_note(config | {"policy": {"name": "none"}})
+
+
+def test_a_run_with_a_policy_is_read_with_its_weights(make_run: MakeRun) -> None:
+    path = make_run()
+    plain = [piece.rows.value for piece in read_pieces(load_run(path))]
+    for shard in (path / "scores").glob("shard-*.pt"):
+        rows = torch.load(shard, weights_only=True)
+        torch.save(rows | {"weight": torch.full((len(rows["step"]),), 3.0, dtype=torch.float64)}, shard)
+    weighed = [piece.rows.value for piece in read_pieces(load_run(path))]
+    assert all((3 * before == after).all() for before, after in zip(plain, weighed, strict=True))
 
 
 def test_values_against_several_sets_are_of_their_sum() -> None:

@@ -204,6 +204,9 @@ def check_compiled() -> None:
         for wrap in (compiled(ddp), compiled(fsdp), compiled_blocks):
             torch._dynamo.reset()
             check(Case(mode, wrap))
+    for mode in (MODES["concat"], MODES["separate"]):
+        torch._dynamo.reset()
+        check(Case({**mode, "policy": "all"}, compiled(ddp)))
 
 
 def check_second_order() -> None:
@@ -227,6 +230,71 @@ def check_second_order() -> None:
             mine = torch.cat([part[2] for part in parts[distributed.get_rank() :: len(parts) // case.k]])
             assert_near(manager.curvatures, expected[mine])
         manager.cleanup()
+
+
+def check_policies() -> None:
+    """The policy sees the samples of all ranks, and every rank's gradient is that of the batch so weighed."""
+    world_size, rank = distributed.get_world_size(), distributed.get_rank()
+    torch.manual_seed(2)
+    V = tokens(4, LENGTH)
+    for mode in (MODES["concat"], MODES["separate"], {"val_mode": "separate", "order": 2}):
+        for case in (Case(mode, ddp), Case(mode, ddp, k=2, tied=False, last_rows=1, checkpointed=True)):
+            alone, inner = case.model(), case.model()
+            parts = batches(case, world_size)
+            # Ranks come one behind the other, and of each its micro-batches.
+            ordered = [part for r in range(world_size) for part in parts[r::world_size]]
+            X, Y, index = (torch.cat([part[i] for part in ordered]) for i in range(3))
+            scores = reference.scores(alone, causal_loss, (X, Y), (V, V), CAUSAL)
+            kept = scores.argsort(descending=True)[:4]
+            plain = reference.gradient(alone, causal_loss(alone, X[kept], Y[kept]))
+            model = ddp(inner)
+            config = {**case.mode, "loss_reduction": CAUSAL, "policy": {"name": "top_k", "k": 4}}
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            manager = GhostEngineManager(config, model, optimizer, val_data=(V, V), loss_fn=causal_loss)
+            for t in range(2):
+                optimizer.zero_grad()
+                run_step(case, model, manager, t)
+                assert_gradients({name: p.grad for name, p in inner.named_parameters()}, plain)
+            whole = torch.zeros(len(index), dtype=torch.float64)
+            whole[kept] = int(count(Y, CAUSAL)) / int(count(Y[kept], CAUSAL))
+            sizes = [sum(len(part[2]) for part in parts[r::world_size]) for r in range(world_size)]
+            assert_near(manager.weights, whole.split(sizes)[rank])
+            if case.mode.get("order") == 2:
+                bent = reference.hessian_product(alone, causal_loss, (V, V), plain)
+                own = reference.sample_gradients(alone, causal_loss, X, Y, CAUSAL)
+                curvatures = torch.stack([reference.dot(bent, g) for g in own])
+                assert_near(manager.curvatures, curvatures.split(sizes)[rank])
+            manager.cleanup()
+            assert model.require_backward_grad_sync  # a pass of the loop's own is averaged as ever
+    check_policy_refusals()
+
+
+def check_policy_refusals() -> None:
+    """What ranks cannot decide together."""
+    case, rank = Case(MODES["separate"], ddp), distributed.get_rank()
+    V = torch.arange(2 * LENGTH).view(2, LENGTH)
+    config = {**case.mode, "loss_reduction": CAUSAL}
+    inner = case.model()
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    with pytest.raises(GhostConfigError, match="a policy needs the averaged training gradient"):
+        GhostEngineManager({**config, "policy": "all"}, inner, optimizer, {"ddp": True}, (V, V), causal_loss)
+    model = ddp(inner)
+    with pytest.raises(GhostConfigError, match="policy='greedy' needs the inner products of all samples"):
+        GhostEngineManager(
+            {**config, "policy": "greedy"}, model, optimizer, val_data=(V, V), loss_fn=causal_loss
+        )
+    manager = GhostEngineManager(
+        config, model, optimizer, val_data=(V, V), loss_fn=causal_loss,
+        policy=lambda samples: torch.full((len(samples.indices),), 1.0 + rank),
+    )  # fmt: skip
+    with pytest.raises(ProtocolError, match="weights on rank 1 differ from rank 0's"):
+        run_step(case, model, manager, 0)
+    sharded = fsdp(case.model())
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    with pytest.raises(GhostConfigError, match=r"policy='all' forms .* fully_shard \(FSDP2\)"):
+        GhostEngineManager(
+            {**config, "policy": "all"}, sharded, optimizer, val_data=(V, V), loss_fn=causal_loss
+        )
 
 
 def check_protocol() -> None:
@@ -408,6 +476,7 @@ SUITES: dict[str, Callable[[], None]] = {
     "refusals": check_refusals,
     "protocol": check_protocol,
     "second order": check_second_order,
+    "policies": check_policies,
     "compiled": check_compiled,
 }
 

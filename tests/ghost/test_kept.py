@@ -28,7 +28,7 @@ def kept_step(model: nn.Module, X: Tensor, Y: Tensor, loss_fn: Any, reduction: L
         X_fwd, Y_fwd = engine.forward_inputs(X, Y)
         loss_fn(model, X_fwd, Y_fwd).backward()
         engine.collect()
-        kept, engine._kept = engine._kept, Kept()  # the engine lets go of its own
+        kept, engine.kept = engine.kept, Kept()  # the engine lets go of its own
     return kept
 
 
@@ -73,11 +73,13 @@ def test_what_has_no_use_or_no_target_is_zero() -> None:
     assert {tuple(part.shape) for part in scores.values()} == {(1, 2, 1)}
 
 
-def test_scores_are_given_once() -> None:
+def test_what_is_kept_serves_until_it_is_let_go_of() -> None:
     model, (X, Y) = Sometimes().double(), table(3)
     kept = kept_step(model, X, Y, class_loss, BY_SAMPLE)
     targets = {name: p.detach()[None] for name, p in model.named_parameters()}
-    assert len(kept.scores(targets)) == 1
+    once, again = kept.scores(targets), kept.scores(targets)
+    assert all(torch.equal(again[0][key], part) for key, part in once[0].items())
+    kept.clear()
     assert kept.scores(targets) == []
 
 

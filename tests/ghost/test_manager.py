@@ -589,7 +589,7 @@ def test_saving_waits_for_the_optimizer(tmp_path: Path) -> None:
 
 def test_the_public_signatures_stay() -> None:
     assert list(inspect.signature(GhostEngineManager).parameters) == [
-        "config", "model", "optimizer", "ddp_info", "val_data", "loss_fn", "scaler", "state",
+        "config", "model", "optimizer", "ddp_info", "val_data", "loss_fn", "scaler", "state", "policy",
     ]  # fmt: skip
     attach = inspect.signature(GhostEngineManager.attach_train_batch)
     assert list(attach.parameters)[1:5] == ["X", "Y", "iteration", "batch_idx"]

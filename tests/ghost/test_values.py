@@ -36,6 +36,18 @@ def test_curvature_takes_off_half_the_square(wide: bool) -> None:
     assert column_values(rows, 1 + wide).sum(1).tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_weight_counts_both_terms_so_often(wide: bool) -> None:
+    rows = shard([0, 1], [2.0, -4.0], lr=0.1, clip=0.5)
+    rows["curvature"] = torch.tensor([8.0, 16.0])
+    if wide:
+        halves = {name: rows[name][:, None].expand(-1, 2) / 2 for name in ("score", "curvature")}
+        rows |= halves | {"lr": rows["lr"][:, None].expand(-1, 2)}
+    plain = row_values(rows)
+    rows["weight"] = torch.tensor([0.0, 1.5], dtype=torch.float64)
+    assert row_values(rows).tolist() == pytest.approx([0.0, 1.5 * float(plain[1])])
+
+
 def test_an_infinite_curvature_of_a_step_not_taken_is_nothing() -> None:
     rows = shard([0], [2.0], lr=0.1, clip=0.0)
     rows["curvature"] = torch.tensor([float("inf")])

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from analysis.aggregate.command import aggregate_runs
-from analysis.runs import load_run
+from analysis.runs import load_run, score_note
 from conf.command import FAILED, MISTAKE
 from ghost.batch import take_rows
 from runners import train
@@ -416,6 +416,55 @@ def test_logged_scores_are_those_of_plain_autograd_for_the_logged_samples(run: R
         with torch.no_grad():
             for p, g in zip(model.parameters(), grads, strict=True):
                 p -= cfg.optimizer.lr * g
+
+
+@pytest.mark.parametrize("val_mode", ["concat", "separate"])
+def test_a_policy_trains_on_what_it_keeps(run: Run, val_mode: str) -> None:
+    """Each step is replayed: the best half by plain autograd's scores, and their mean loss's gradient."""
+    folder = run(
+        *TOKENS, "dtype=fp64", "optimizer=sgd", "optimizer.lr=0.5", f"engine.val_mode={val_mode}",
+        "engine.val_batch_size=6", "policy=top_k", "trainer.gradient_accumulation_steps=2",
+    )  # fmt: skip
+    cfg, rows = saved_config(folder), shards(folder)
+    data, task = build_data(cfg.data), build_task(cfg, torch.device("cpu"))
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg.model, data.vocab_size, None, None).double()
+    val = collate([data.val[i] for i in range(6)], data.val.layout)
+    expected: dict[str, float] = {}
+    for step in range(cfg.trainer.max_steps):
+        here = rows["step"] == step
+        samples = rows["sample"][here].tolist()
+        batch = collate([data.train[i] for i in samples], data.train.layout)
+        scores = reference_scores(
+            model, task.mean, (batch.inputs, batch.labels), (val.inputs, val.labels), task.reduction
+        )
+        torch.testing.assert_close(rows["score"][here], scores, rtol=1e-9, atol=1e-15)
+        kept = scores.topk(4).indices
+        weights = torch.zeros_like(scores)
+        weights[kept] = 2.0  # all samples have as many tokens
+        torch.testing.assert_close(rows["weight"][here], weights, rtol=1e-12, atol=0)
+        for i, value in zip(samples, 0.5 * weights * scores, strict=True):
+            expected[data.train.sample_ids[i]] = expected.get(data.train.sample_ids[i], 0.0) + float(value)
+        chosen = take_rows(batch.inputs, kept), batch.labels[kept]
+        grads = torch.autograd.grad(task.mean(model, *chosen), list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p -= cfg.optimizer.lr * g
+    assert values(folder) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    assert set(series(folder, "policy/kept").values()) == {4.0}
+    assert series(folder, "policy/effective_samples")[1] == pytest.approx(4.0)
+    assert "as policy top_k weighed them" in score_note(load_run(folder).config)
+
+
+def test_steps_that_a_policy_empties_move_nothing(run: Run) -> None:
+    folder = run(
+        *TOKENS, "policy=threshold", "policy.above=1e9", "trainer.clip_grad_norm=1.0",
+        "optimizer.weight_decay=0.5",
+    )  # fmt: skip
+    assert set(series(folder, "policy/kept").values()) == {0.0}
+    assert set(series(folder, "policy/effective_samples").values()) == {0.0}
+    assert len(set(series(folder, "val/loss").values())) == 1
+    assert set(values(folder).values()) == {0.0}
 
 
 def test_second_order_values_are_those_of_plain_autograd(run: Run) -> None:

@@ -115,6 +115,9 @@ def test_no_key_is_named_that_the_run_would_refuse() -> None:
     second = advice(held, "engine.val_mode=separate", "engine.order=2", "hardware.strategy=ddp")
     assert "engine.order=1" in second
     assert "hardware.strategy=fsdp" not in second
+    weighed = advice(held, "policy=top_k", "hardware.strategy=ddp")
+    assert "policy=none" in weighed
+    assert "hardware.strategy=fsdp" not in weighed
     assert "optimizer=sgd" in advice(held, "optimizer=adam")
     assert "optimizer=sgd" not in advice(held, "optimizer=adam", "engine.preconditioner=adam")
 

@@ -99,6 +99,7 @@ def test_every_model_is_rehearsed_as_it_runs(name: str, monkeypatch: pytest.Monk
         ["engine.pairwise=true", "dtype=bf16"], ["trainer.gradient_accumulation_steps=3", "dtype=fp16_mixed"],
         ["engine.val_mode=separate", "trainer.activation_checkpointing=true", "engine.algebra=fused"],
         ["engine=gradprojlora", "trainer.batch_size=2", "engine.distortion_samples=3"],
+        ["policy=greedy", "trainer.gradient_accumulation_steps=2"],
     ],
     ids=" ".join,
 )  # fmt: skip

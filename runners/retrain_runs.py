@@ -75,7 +75,7 @@ class Runs:
     def _make(self, folder: Path, cfg: DictConfig, tags: Mapping[str, str]) -> None:
         folder.mkdir(parents=True)
         with (
-            _logged_to(folder / "run.log"),
+            logged_to(folder / "run.log"),
             build_tracker(cfg.tracking, folder, self._cwd, parent_run_id=self._parent_run_id) as tracker,
         ):
             recorded_run(cfg, tracker, tags)
@@ -92,17 +92,7 @@ class Runs:
         folder.replace(target)
         log.warning("%s was not finished: what is left of it is now in %s", folder, target)
         if self._parent_run_id is not None and (target / RECORD_FILE).exists():
-            self._end_killed(target, tracking)
-
-    def _end_killed(self, folder: Path, tracking: DictConfig) -> None:
-        """End the MLflow run of an attempt that was killed; the run that starts anew has one of its own."""
-        try:
-            record = Record.read(folder)
-            if record.status == RUNNING and close_killed(record, folder, ended=True):
-                store = open_store(resolve_uri(tracking.uri, self._cwd), tracking.experiment)
-                bring_up_to_date(record, folder, store)
-        except UserError as error:
-            log.warning("MLflow still shows the unfinished run as it was: %s", error)
+            end_killed(target, tracking, self._cwd)
 
     def _remaining(self) -> str:
         """An estimate of the time left, once a run has been timed."""
@@ -112,13 +102,27 @@ class Runs:
         return f" (about {duration(mean * (self._total - self._met + 1))} left)"
 
 
-def begin(cfg: DictConfig, out: Path) -> None:
+def end_killed(folder: Path, tracking: DictConfig, cwd: Path) -> None:
+    """End the MLflow run of an attempt that was killed; the run that starts anew has one of its own."""
+    try:
+        record = Record.read(folder)
+        if record.status == RUNNING and close_killed(record, folder, ended=True):
+            store = open_store(resolve_uri(tracking.uri, cwd), tracking.experiment)
+            bring_up_to_date(record, folder, store)
+    except UserError as error:
+        log.warning("MLflow still shows the unfinished run as it was: %s", error)
+
+
+def begin(cfg: DictConfig, out: Path, record: str = RECORD) -> None:
     """Write the command's config into its directory, or hold it against the one that is there.
+
+    Args:
+        record: The file's name.
 
     Raises:
         ConfigError: A key has another value than when the directory was begun.
     """
-    path = out / RECORD
+    path = out / record
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if not path.exists():
         OmegaConf.save(resolved, path)
@@ -135,7 +139,7 @@ def begin(cfg: DictConfig, out: Path) -> None:
 
 
 @contextmanager
-def _logged_to(path: Path) -> Iterator[None]:
+def logged_to(path: Path) -> Iterator[None]:
     """What is logged in the block goes to this file too."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))

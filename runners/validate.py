@@ -92,7 +92,7 @@ def _untrained(cfg: DictConfig) -> None:
     _keys_given(cfg)
     _choices_kept(cfg)
     _output_dir(cfg)
-    _numbers(cfg)
+    check_numbers(cfg)
     check_data(cfg)
     refuse_other_task(cfg)
     _layers(cfg)
@@ -137,7 +137,8 @@ def _output_dir(cfg: DictConfig) -> None:
         )
 
 
-def _numbers(cfg: DictConfig) -> None:
+def check_numbers(cfg: DictConfig) -> None:
+    """Raises `ConfigError` for a number below what can work, of those keys that the config has."""
     for key, smallest in SMALLEST.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and value < smallest:

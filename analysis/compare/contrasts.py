@@ -63,11 +63,12 @@ def difference(group: Mapping[int, float], against: Mapping[int, float], pairs: 
         pairs: The seeds to pair by; empty: two separate samples.
     """
     if pairs:
-        return _interval_of_mean([group[seed] - against[seed] for seed in pairs])
+        return interval_of_mean([group[seed] - against[seed] for seed in pairs])
     return _welch(list(group.values()), list(against.values()))
 
 
-def _interval_of_mean(numbers: Sequence[float]) -> Estimate:
+def interval_of_mean(numbers: Sequence[float]) -> Estimate:
+    """The mean with its t-interval; of one number there is none."""
     mean = float(np.mean(numbers))
     if len(numbers) < 2:
         return Estimate(mean, None, None)

@@ -1,0 +1,5 @@
+import sys
+
+from analysis.fidelity.command import main
+
+sys.exit(main())

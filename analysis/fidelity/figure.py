@@ -1,0 +1,75 @@
+"""An experiment's figure: its methods side by side at each place, with intervals."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.fidelity.summary import Row
+from analysis.figures import domain_styles, new_figure, plain, tidy
+from ghost.atomic import written_beside
+
+_WIDTH, _HEIGHT = 7.6, 3.2  # inches a panel
+
+
+def draw(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
+    """A panel for each measure: places from left to right, methods as colours; of a single place the methods
+    from left to right.
+    """
+    figure = new_figure(_WIDTH, _HEIGHT * len(measures))
+    panels = figure.subplots(len(measures), 1, squeeze=False)[:, 0]
+    for axes, measure in zip(panels, measures, strict=True):
+        shown = [row for row in rows if measure in row.estimates]
+        places = list(dict.fromkeys(place_name(row) for row in shown))
+        if len(places) > 1:
+            _by_place(axes, shown, measure, places)
+        else:
+            _by_method(axes, shown, measure)
+        axes.set_ylabel(plain(measure.replace("_", " ")), fontsize=9)
+        tidy(axes)
+    return figure
+
+
+def place_name(row: Row) -> str:
+    """The row's coordinates in one word: `adamw 0.005`."""
+    return " ".join(row.coordinates.values())
+
+
+def _by_place(axes: Axes, rows: Sequence[Row], measure: str, places: Sequence[str]) -> None:
+    methods = list(dict.fromkeys(row.method for row in rows))
+    styles = domain_styles(methods)
+    for i, method in enumerate(methods):
+        own = [row for row in rows if row.method == method]
+        shift = 0.7 * ((i + 0.5) / len(methods) - 0.5)  # side by side about the place's middle
+        at = [places.index(place_name(row)) + shift for row in own]
+        style = styles[method]
+        _points(axes, at, own, measure, style.colour, style.marker, plain(method.replace("_", " ")))
+    axes.set_xticks(range(len(places)), [plain(place) for place in places])
+    axes.legend(fontsize=7, frameon=False, ncols=3)
+
+
+def _by_method(axes: Axes, rows: Sequence[Row], measure: str) -> None:
+    _points(axes, list(range(len(rows))), rows, measure, "#0072B2", "o", None)
+    axes.set_xticks(range(len(rows)), [plain(row.method.replace("_", "\n")) for row in rows])
+
+
+def _points(
+    axes: Axes, at: Sequence[float], rows: Sequence[Row], measure: str, colour: str, marker: str,
+    label: str | None,
+) -> None:  # fmt: skip
+    found = [row.estimates[measure] for row in rows]
+    halves = [0.0 if one.high is None else one.high - one.mean for one in found]
+    axes.errorbar(
+        at, [one.mean for one in found], halves, fmt=marker, color=colour, markersize=4, elinewidth=1,
+        capsize=2, label=label,
+    )  # fmt: skip
+
+
+def save_svg(figure: Figure, path: Path) -> Path:
+    """Write the figure as SVG, the same bytes each time, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}), written_beside(path) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None})
+    return path

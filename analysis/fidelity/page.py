@@ -1,0 +1,86 @@
+"""The results sections of the page: between their markers, whatever stands around them."""
+
+import re
+from collections.abc import Sequence
+
+from analysis.errors import AnalysisError
+from analysis.fidelity.presentations import Presentation
+from analysis.fidelity.reading import Found
+from analysis.fidelity.summary import SEED, Row, estimate_text, measures
+
+_SECTION = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def sections(text: str) -> list[str]:
+    """The experiments that a page has a results section for."""
+    return [found["name"] for found in _SECTION.finditer(text)]
+
+
+def with_section(text: str, experiment: str, lines: Sequence[str]) -> str:
+    """The page with another results section for the experiment.
+
+    Raises:
+        AnalysisError: It has no markers for it, or several.
+    """
+    if (number := sections(text).count(experiment)) != 1:
+        raise AnalysisError(
+            f"the page has {number} places for the results of {experiment}: write the line <!-- results: "
+            f"{experiment} --> once, and <!-- end of results --> below it"
+        )
+    body = "\n".join([*lines, ""])
+    return _SECTION.sub(
+        lambda found: f"{found[1]}{body}{found[3]}" if found["name"] == experiment else found[0], text
+    )
+
+
+def results(
+    experiment: str, found: Found, rows: Sequence[Row], shown: Presentation, figure: str | None
+) -> list[str]:
+    """The lines of a results section.
+
+    Args:
+        figure: The figure's path from the page.
+    """
+    lines = [completeness(found), ""]
+    methods = [row for row in rows if row.method]
+    places = [row for row in rows if not row.method]
+    if methods:
+        lines += [*table(methods, shown), ""]
+    if places:
+        lines += ["Of the points themselves:", "", *table(places, shown), ""]
+    if figure is not None:
+        lines += [f"![{experiment}: means over seeds with 95 % intervals]({figure})", ""]
+    return [*lines, f"*{'; '.join(found.machines)}.*"]
+
+
+def completeness(found: Found) -> str:
+    """How much of the plan the numbers are of."""
+    seeds = sorted({int(one.coordinates[SEED]) for one in found.measurements})
+    there = f"{len(found.measurements)} of {found.planned} points, seeds {', '.join(map(str, seeds))}"
+    is_whole = len(found.measurements) == found.planned
+    return f"{there}." if is_whole else f"**Unfinished: {there}.**"
+
+
+def table(rows: Sequence[Row], shown: Presentation) -> list[str]:
+    """Rows as lines of a Markdown table, published figures in brackets."""
+    coordinates = list(rows[0].coordinates)
+    with_methods = any(row.method for row in rows)
+    columns = measures(rows)
+    heading = [
+        *coordinates,
+        *(["method"] if with_methods else []),
+        *(name.replace("_", " ") for name in columns),
+    ]
+    lines = [heading, ["---"] * len(heading)]
+    for row in rows:
+        named = [f"`{row.method}`"] if with_methods else []
+        lines.append([*row.coordinates.values(), *named, *(_cell(row, name, shown) for name in columns)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _cell(row: Row, measure: str, shown: Presentation) -> str:
+    estimate = row.estimates.get(measure)
+    if estimate is None:
+        return ""
+    published = [one.figure for one in shown.published if one.is_of(row, measure)]
+    return estimate_text(estimate) + "".join(f" (published: {figure})" for figure in published)

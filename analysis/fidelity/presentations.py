@@ -1,0 +1,71 @@
+"""What is particular to an experiment on the page: the measures that are drawn, and what was published."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from analysis.fidelity.summary import Row
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published figure, and the cells that it stands beside.
+
+    Attributes:
+        figure: In words.
+        measure, methods: Whose it is.
+        coordinates: Where it was measured; others do not matter.
+    """
+
+    figure: str
+    measure: str
+    methods: tuple[str, ...]
+    coordinates: Mapping[str, str] = field(default_factory=dict)
+
+    def is_of(self, row: Row, measure: str) -> bool:
+        """Whether it stands beside this cell."""
+        same_place = all(row.coordinates.get(name) == text for name, text in self.coordinates.items())
+        return same_place and measure == self.measure and row.method in self.methods
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """How an experiment is shown.
+
+    Attributes:
+        drawn: Measures of its figure; empty: no figure.
+        published: Figures beside the measured ones.
+    """
+
+    drawn: tuple[str, ...]
+    published: tuple[Published, ...] = ()
+
+
+_VALUES = ("first_order", "second_order")
+
+PRESENTATIONS: dict[str, Presentation] = {
+    "one_step": Presentation(
+        drawn=("spearman",),
+        published=(
+            Published("3e-4", "rmse", _VALUES, {"lr": "0.0003"}),
+            Published("0.99", "spearman", _VALUES, {"lr": "0.0006"}),
+            Published("0.79", "spearman", _VALUES, {"lr": "0.005"}),
+        ),
+    ),
+    "mislabel": Presentation(
+        drawn=("auroc",),
+        published=(
+            Published("0.678", "auroc", ("first_order",)),
+            Published("0.680", "auroc", ("second_order",)),
+            Published("0.76", "auroc", ("knn_shapley",)),
+        ),
+    ),
+    "text": Presentation(
+        drawn=("bad_in_lowest",),
+        published=(
+            Published("0.16", "negative_share", ("first_order",)),
+            Published("0.25", "iterations_saved", ("first_order",)),
+        ),
+    ),
+    "domains": Presentation(drawn=("own_highest", "own_highest_last")),
+    "lds": Presentation(drawn=("lds", "lds_of_mean")),
+}

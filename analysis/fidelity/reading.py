@@ -1,0 +1,112 @@
+"""The points of experiments as MLflow has them."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.errors import AnalysisError
+from analysis.fidelity.summary import Measurement
+from analysis.fidelity.tags import COMMITTED, COORDINATES, EXPERIMENT, PLANNED, POINT, SETTINGS
+from analysis.tracking_store import missing_database, one_line, prepare_mlflow, resolve_uri, without_password
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as TrackedRun
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger(__name__)
+
+_PAGE = 1000  # runs a request
+
+
+@dataclass(frozen=True)
+class Found:
+    """The points of one experiment at the sizes that its YAML file has.
+
+    Attributes:
+        planned: How many points the experiment has.
+        left_out: Finished points of other sizes, or of sizes that were committed earlier.
+        machines: Where the points were measured, and with what, in words.
+    """
+
+    measurements: Sequence[Measurement]
+    planned: int
+    left_out: int
+    machines: Sequence[str]
+
+
+def read_points(uri: str | None, experiment: str, cwd: Path) -> dict[str, Found]:
+    """The finished points by experiment, each point's newest run.
+
+    Args:
+        uri: The tracking store; None: `mlflow.db` in `cwd`.
+        experiment: The MLflow experiment with the runs.
+
+    Raises:
+        ConfigError, AnalysisError: The store cannot be read, or has no such experiment.
+    """
+    address = resolve_uri(uri, cwd)
+    if database := missing_database(address):
+        raise AnalysisError(f"there is no tracking store {database}: give tracking.uri=STORE")
+    prepare_mlflow()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    shown = without_password(address)
+    try:
+        client = MlflowClient(tracking_uri=address)
+        known = client.get_experiment_by_name(experiment)
+        if known is None:
+            raise AnalysisError(
+                f"experiment={experiment} is not in {shown}: run python -m runners.fidelity first"
+            )
+        runs = list(_finished_points(client, known.experiment_id))
+    except MlflowException as error:
+        raise AnalysisError(
+            f"{shown} cannot be read ({one_line(error)}): give another tracking.uri=STORE"
+        ) from error
+    names = dict.fromkeys(run.data.tags[EXPERIMENT] for run in runs)
+    return {
+        name: found
+        for name in names
+        if (found := _of_one([run for run in runs if run.data.tags[EXPERIMENT] == name])) is not None
+    }
+
+
+def _finished_points(client: "MlflowClient", experiment_id: str) -> Iterator["TrackedRun"]:
+    """Oldest first."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], "attributes.status = 'FINISHED'", order_by=["start_time ASC"], max_results=_PAGE,
+            page_token=token,
+        )  # fmt: skip
+        yield from (run for run in page if POINT in run.data.tags)
+        if not (token := page.token):
+            return
+
+
+def _of_one(runs: Sequence["TrackedRun"]) -> Found | None:
+    """The points of one experiment; None where none is at committed sizes."""
+    committed = [run for run in runs if run.data.tags[COMMITTED] == "true"]
+    if not committed:
+        return None
+    settings = committed[-1].data.tags[SETTINGS]  # sizes that were committed last
+    points = {run.data.tags[POINT]: run for run in runs if run.data.tags[SETTINGS] == settings}
+    left_out = sum(run.data.tags[SETTINGS] != settings for run in runs)
+    return Found(
+        [_measurement(run) for run in points.values()],
+        max(int(run.data.tags[PLANNED]) for run in points.values()),
+        left_out,
+        list(dict.fromkeys(_machine(run.data.tags) for run in points.values())),
+    )
+
+
+def _measurement(run: "TrackedRun") -> Measurement:
+    names = run.data.tags[COORDINATES].split(",")
+    return Measurement({name: run.data.params[f"point.{name}"] for name in names}, run.data.metrics)
+
+
+def _machine(tags: Mapping[str, str]) -> str:
+    return f"{tags['device']}, torch {tags['version.torch']}"

@@ -1,0 +1,13 @@
+"""Tags of a point's MLflow run, by which pages find it."""
+
+EXPERIMENT = "fidelity.experiment"
+POINT = "fidelity.point"
+"""The point's name."""
+SETTINGS = "fidelity.settings"
+"""Equal for points of the same settings."""
+COMMITTED = "fidelity.committed"
+"""Whether the settings are those of the experiment's YAML file: "true" or "false"."""
+PLANNED = "fidelity.planned"
+"""How many points the experiment has."""
+COORDINATES = "fidelity.coordinates"
+"""Names of the point's coordinates in their order, between commas; their values are params `point.NAME`."""

@@ -1,0 +1,1 @@
+"""Whether values mean something: experiments that hold them against what really happens."""

@@ -1,0 +1,5 @@
+import sys
+
+from runners.fidelity.command import main
+
+sys.exit(main())

@@ -1,0 +1,256 @@
+"""The linear datamodeling score: do sums of values over subsets rank what models trained on them lose?"""
+# ruff: noqa: RUF009 -- `key` returns dataclass fields, not shared values
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from omegaconf import MISSING, DictConfig, OmegaConf
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from conf.schema import fixed, key
+from ghost import GhostConfig, GhostEngineManager, GradProjLoRAEngine, LossReduction
+from ghost.batch import Inputs
+from runners.choices import ExperimentName, TaskName
+from runners.config import DataConfig, MLPModel
+from runners.data import build_data
+from runners.data.base import DataBundle, SampleSet
+from runners.data.loader import collate
+from runners.fidelity.experiment import Measured, Point
+from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples, refuse_setting
+from runners.losses import class_loss
+from runners.models import build_model
+
+log = logging.getLogger(__name__)
+
+SCORED_ROWS = 256  # of a pass that trains nothing
+
+
+@dataclass
+class LDSConfig(ExperimentConfig):
+    """What is trained, and on which subsets it is trained again."""
+
+    name: ExperimentName = fixed(ExperimentName.lds)
+    data: DataConfig = MISSING
+    model: MLPModel = MISSING
+    lr: float = key("learning rate of SGD")
+    batch_size: int = key("samples a step")
+    steps: int = key("steps of every training, on all samples or a subset")
+    runs: int = key("trainings on all samples, whose scores are averaged")
+    subsets: int = key("random subsets of the training samples")
+    share: float = key("share of the training samples in a subset")
+    retrainings: int = key("trainings on each subset, whose losses are averaged")
+    projected: int = key("numbers kept of a matrix's projected gradient, about")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples of a side: inputs `[n, d]` float32 and classes `[n]` int64."""
+
+    X: Tensor
+    Y: Tensor
+
+
+class LDS:
+    """Points: seeds."""
+
+    def __init__(self, settings: LDSConfig, device: torch.device) -> None:
+        """Raises `ConfigError` for settings that cannot work."""
+        self.settings = settings
+        self.device = device
+        check_at_least(settings, batch_size=1, steps=1, runs=1, subsets=3, retrainings=2, projected=16)
+        if settings.lr <= 0:
+            refuse_setting(settings, "lr", "is not above 0: type fidelity.lr=0.1, or another")
+        if not 0 < settings.share < 1:
+            refuse_setting(
+                settings, "share", "is no share between 0 and 1: type fidelity.share=0.5, or another"
+            )
+        check_samples(settings, TaskName.table_classes, "digits")
+
+    def points(self) -> list[Point]:
+        """A point a seed."""
+        return [Point.at(seed=seed) for seed in self.settings.seeds]
+
+    def measure(self, point: Point, folder: Path) -> Measured:
+        """Train on all samples and on every subset, and hold the sums against the losses."""
+        data = build_data(self.data_config(point.seed))
+        log.info("%s", data.description)
+        train, val = self._all_rows(data.train), self._all_rows(data.val)
+        generator = torch.Generator().manual_seed(point.seed)
+        size = max(1, round(self.settings.share * len(train.Y)))
+        if size < self.settings.batch_size:
+            refuse_setting(
+                self.settings, "share", f"is {size} samples, fewer than fidelity.batch_size: type more"
+            )
+        rows = [
+            torch.randperm(len(train.Y), generator=generator)[:size] for _ in range(self.settings.subsets)
+        ]
+        scores = self.scores(data, train, val, generator)
+        log.info("%d trainings were scored", self.settings.runs)
+        losses = self.losses(data, train, val, rows, generator)
+        chosen = torch.stack([F.one_hot(one, len(train.Y)).sum(0) for one in rows]).double()  # [m, n]
+        predicted = {name: (chosen @ each).numpy() for name, each in scores.items()}  # [m, V]
+        metrics, single = compared(predicted, losses.numpy())
+        table = {name: correlations.tolist() for name, correlations in single.items()}
+        return Measured(metrics, {"correlations": table}, {"data.fingerprint": data.fingerprint})
+
+    def data_config(self, seed: int) -> DictConfig:
+        """The config's node of a repetition's samples."""
+        return OmegaConf.structured(replace(self.settings.data, seed=seed))
+
+    def _all_rows(self, samples: SampleSet) -> Samples:
+        batch = collate([samples[i] for i in range(len(samples))], samples.layout)
+        assert isinstance(batch.inputs, Tensor)
+        return Samples(batch.inputs.to(self.device), batch.labels.to(self.device))
+
+    def _model(self, data: DataBundle, generator: torch.Generator) -> nn.Module:
+        """A model with initial weights of its own."""
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        model_cfg = OmegaConf.structured(self.settings.model)
+        return build_model(model_cfg, None, data.input_shape, data.num_classes).to(self.device)
+
+    def losses(
+        self, data: DataBundle, train: Samples, val: Samples, rows: list[Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """What models trained on the subsets lose, `[retrainings, m, V]` float64."""
+        found = torch.empty(self.settings.retrainings, len(rows), len(val.Y), dtype=torch.float64)
+        for again in range(self.settings.retrainings):
+            for number, subset in enumerate(rows):
+                model = self._model(data, generator)
+                optimizer = torch.optim.SGD(model.parameters(), lr=self.settings.lr)
+                for batch in self._batches(subset, generator):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(train.X[batch]), train.Y[batch]).backward()
+                    optimizer.step()
+                with torch.no_grad():
+                    found[again, number] = F.cross_entropy(model(val.X), val.Y, reduction="none")
+            log.info("Every subset has been trained on %d times", again + 1)
+        return found
+
+    def _batches(self, subset: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """Rows of each step, `[B]`: the subset in a new order each epoch, an unfilled last batch left out."""
+        size, steps = self.settings.batch_size, 0
+        while True:
+            for batch in subset[torch.randperm(len(subset), generator=generator)].split(size):
+                if len(batch) < size:
+                    continue
+                if steps == self.settings.steps:
+                    return
+                steps += 1
+                yield batch.to(self.device)
+
+    def scores(
+        self, data: DataBundle, train: Samples, val: Samples, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Scores of all pairs of a training and a validation sample, means over runs: `[n, V]` float64 each,
+        positive where the loss falls.
+        """
+        total: dict[str, Tensor] = {}
+        for _ in range(self.settings.runs):
+            model = self._model(data, generator)
+            found = self._in_run(model, train, val, generator)
+            found["exact_dots"] = last_dots(model, train, val)
+            found |= self._projected(model, train, val)
+            found["random"] = torch.randn(len(train.Y), len(val.Y), dtype=torch.float64, generator=generator)
+            for name, each in found.items():
+                total[name] = total.get(name, 0) + each / self.settings.runs
+        return total
+
+    def _in_run(
+        self, model: nn.Module, train: Samples, val: Samples, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Train the model, and sum what its steps credit."""
+        lr = self.settings.lr
+        first = torch.zeros(len(train.Y), len(val.Y), dtype=torch.float64)
+        curvature = torch.zeros_like(first)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        config = {
+            "val_mode": "separate", "order": 2, "pairwise": True, "loss_reduction": "sample_mean",
+        }  # fmt: skip
+        manager = GhostEngineManager(config, model, optimizer, val_data=(val.X, val.Y), loss_fn=mean_loss)
+        for t, batch in enumerate(self._batches(torch.arange(len(train.Y)), generator)):
+            optimizer.zero_grad()
+            with manager.step(train.X[batch], train.Y[batch], batch_idx=batch, iteration=t) as step:
+                step.backward(mean_loss(model, step.X, step.Y))
+            optimizer.step()
+            assert manager.curvatures is not None
+            first[batch.cpu()] += lr * manager.scores.double().cpu()
+            curvature[batch.cpu()] += lr**2 / 2 * manager.curvatures.double().cpu()
+        manager.cleanup()
+        return {"first_order": first, "second_order": first - curvature}
+
+    def _projected(self, model: nn.Module, train: Samples, val: Samples) -> dict[str, Tensor]:
+        """Inner products and cosines of projected gradients at the model's weights."""
+        config = GhostConfig(
+            engine="gradprojlora",
+            loss_reduction=LossReduction.SAMPLE_MEAN,
+            proj_rank_total=self.settings.projected,
+        )
+        engine = GradProjLoRAEngine(model, config)
+        with engine.attached():
+            rows = [
+                torch.cat([
+                    engine.project(X, Y, mean_loss).double().cpu()
+                    for X, Y in zip(side.X.split(SCORED_ROWS), side.Y.split(SCORED_ROWS), strict=True)
+                ])
+                for side in (train, val)
+            ]  # fmt: skip
+        unit = [F.normalize(side, dim=1) for side in rows]
+        return {"projected_dots": rows[0] @ rows[1].T, "projected_cosine": unit[0] @ unit[1].T}
+
+
+def mean_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Tensor:
+    """The mean over rows."""
+    return class_loss(model, X, Y).mean
+
+
+def last_dots(model: nn.Module, train: Samples, val: Samples) -> Tensor:
+    """Exact inner products of the samples' gradients at the model's weights, `[n, V]` float64."""
+    config = {"pairwise": True, "loss_reduction": "sample_mean"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    manager = GhostEngineManager(config, model, optimizer, val_data=(val.X, val.Y), loss_fn=mean_loss)
+    found = []
+    for t, batch in enumerate(torch.arange(len(train.Y)).split(SCORED_ROWS)):
+        with manager.step(train.X[batch], train.Y[batch], batch_idx=batch, iteration=t) as step:
+            step.backward(mean_loss(model, step.X, step.Y))
+        # The engine's gradients are parts of means over the batch and over the validation rows.
+        found.append(manager.scores.double().cpu() * len(batch) * len(val.Y))
+        optimizer.zero_grad()
+    manager.cleanup()
+    return torch.cat(found)
+
+
+def compared(
+    predicted: Mapping[str, NDArray[np.float64]], losses: NDArray[np.float64]
+) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+    """Metrics, and the correlation of each validation sample by method, `[V]`.
+
+    Args:
+        predicted: `[m, V]` by method: sums of values over each subset.
+        losses: `[retrainings, m, V]`.
+    """
+    actual, half = -losses.mean(0), len(losses) // 2
+    pairs = {name: (sums, actual) for name, sums in predicted.items()}
+    pairs["retrained_half"] = (-losses[:half].mean(0), -losses[half:].mean(0))
+    metrics: dict[str, float] = {}
+    single: dict[str, NDArray[np.float64]] = {}
+    for name, (sums, wanted) in pairs.items():
+        single[name] = rank_correlations(sums, wanted)
+        of_mean = rank_correlations(sums.sum(1, keepdims=True), wanted.sum(1, keepdims=True))
+        metrics |= {f"lds/{name}": float(single[name].mean()), f"lds_of_mean/{name}": float(of_mean[0])}
+    return metrics, single
+
+
+def rank_correlations(ones: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman's correlation of each column with its counterpart, `[V]`; arguments `[m, V]`."""
+    ranks = [rankdata(side, axis=0) for side in (ones, others)]
+    centred = [side - side.mean(0) for side in ranks]
+    norms = [np.linalg.norm(side, axis=0) for side in centred]
+    found: NDArray[np.float64] = (centred[0] * centred[1]).sum(0) / (norms[0] * norms[1])
+    return found

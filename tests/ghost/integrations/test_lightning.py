@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -237,6 +239,15 @@ class Manual(Classifier):
         self.automatic_optimization = False
 
 
+@pytest.fixture
+def left_group() -> Iterator[None]:
+    """Lightning's processes join a group and do not leave it."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("left_group")
 @pytest.mark.parametrize(
     ("model", "given", "message"),
     [

@@ -62,7 +62,11 @@ def test_published_sizes(command: str) -> None:
 
 def test_every_file_is_of_a_published_size_or_tiny() -> None:
     names = {path.stem for path in (CONF / "model").glob("*.yaml")}
-    assert names == {command.split()[0] for command in PUBLISHED} | set(TINY) | {"gpt2-mini", "hf"}
+    assert names == {command.split()[0] for command in PUBLISHED} | set(TINY) | {
+        "gpt2-mini",
+        "gpt2-nano",
+        "hf",
+    }
 
 
 @pytest.mark.parametrize("name", TINY)

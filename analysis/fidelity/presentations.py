@@ -68,4 +68,5 @@ PRESENTATIONS: dict[str, Presentation] = {
     ),
     "domains": Presentation(drawn=("own_highest", "own_highest_last")),
     "lds": Presentation(drawn=("lds", "lds_of_mean")),
+    "selection": Presentation(drawn=()),
 }

@@ -15,6 +15,7 @@ from runners.fidelity.experiment import Experiment
 from runners.fidelity.lds import LDS, LDSConfig
 from runners.fidelity.mislabel import Mislabel, MislabelConfig
 from runners.fidelity.one_step import OneStep, OneStepConfig
+from runners.fidelity.selection import Selection, SelectionConfig
 from runners.fidelity.settings import ExperimentConfig
 from runners.fidelity.text import Text, TextConfig
 
@@ -38,6 +39,7 @@ EXPERIMENTS: dict[str, Kind] = {
     "text": Kind(TextConfig, Text),
     "domains": Kind(DomainsConfig, Domains),
     "lds": Kind(LDSConfig, LDS),
+    "selection": Kind(SelectionConfig, Selection),
 }
 
 for _name, _kind in EXPERIMENTS.items():

@@ -20,6 +20,7 @@ There are three forms, and they cover all layers: `OuterProducts` (matrices that
 activations).
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
@@ -372,3 +373,21 @@ class RowGathers(SampleGradients):
     def dot_compact(self, slots: Tensor, sums: Tensor) -> Tensor:
         """`dot` with a target given by another object's `compact`."""
         return algebra.row_dots(sums[slots[self.ids]], self.grad)
+
+
+def sum_of_uses(uses: Sequence[SampleGradients]) -> Tensor:
+    """The gradient of a parameter with several uses, in its shape: a table's few rows are added to what the
+    others fill.
+    """
+    tables = [use for use in uses if isinstance(use, RowGathers)]
+    others = [use for use in uses if not isinstance(use, RowGathers)]
+    dtype = widest(uses)
+    total = functools.reduce(torch.add, [use.sum() for use in others or [tables.pop()]]).to(dtype)
+    for table in tables:
+        total.index_add_(0, table.ids.flatten(), table.grad.flatten(0, 1).to(dtype))
+    return total
+
+
+def widest(uses: Sequence[SampleGradients]) -> torch.dtype:
+    """The dtype that holds all uses' gradients: under autocast a head's are narrower than its tied table's."""
+    return functools.reduce(torch.promote_types, [use.example.dtype for use in uses])

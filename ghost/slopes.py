@@ -2,7 +2,6 @@
 element, by what the optimizer makes of the batch's gradient (`ghost.preconditioner`).
 """
 
-import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from ghost.choice import Algebra, Choices, write
 from ghost.discovery import shared_parameters
 from ghost.distributed import fetched
 from ghost.errors import UnsupportedModelError
-from ghost.gradients import OuterProducts, RowGathers, SampleGradients
+from ghost.gradients import OuterProducts, SampleGradients, sum_of_uses
 from ghost.layers import Layer
 from ghost.step import Parts, StepState, Unit, part_scores
 from ghost.taps import Grads, Tap, note_backward
@@ -160,19 +159,10 @@ def _matrix(shape: torch.Size) -> tuple[int, int]:
 
 def _val_grad(uses: Sequence[SlopeUse]) -> Tensor:
     """The validation gradient of all uses, `[C, *shape]`."""
-    columns = [_sum(column) for column in zip(*(use.val for use in uses if use.val is not None), strict=True)]
+    columns = [
+        sum_of_uses(column) for column in zip(*(use.val for use in uses if use.val is not None), strict=True)
+    ]
     return columns[0][None] if len(columns) == 1 else torch.stack(columns)
-
-
-def _sum(column: Sequence[SampleGradients]) -> Tensor:
-    """The sum of gradients from several uses: a table's few rows are added to what the others fill."""
-    tables = [part for part in column if isinstance(part, RowGathers)]
-    others = [part for part in column if not isinstance(part, RowGathers)]
-    parts = others or [tables.pop()]
-    total = functools.reduce(torch.add, [part.sum() for part in parts])
-    for table in tables:
-        total.index_add_(0, table.ids.flatten(), table.grad.flatten(0, 1))
-    return total
 
 
 def _settle_together(

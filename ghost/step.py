@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghost.gradients import SampleGradients, cut
+from ghost.gradients import SampleGradients, cut, sum_of_uses
 from ghost.heads import Part
 from ghost.layers import Layer
 
@@ -100,9 +100,8 @@ class Ledger:
         """Inner products `[K, b, C]` by layer and parameter name, all cross terms included."""
         found: Probes = {}
         for uses in self._uses.values():
-            columns = range(len(uses[0].unit.sizes))
-            parts_of = [list(use.val.columns(use.unit.sizes)) for use in uses]
-            sums = [torch.stack([parts[c].sum() for parts in parts_of]).sum(0) for c in columns]
+            columns = zip(*(use.val.columns(use.unit.sizes) for use in uses), strict=True)
+            sums = [sum_of_uses(column) for column in columns]
             for use in uses:
                 if use.parts:
                     key = use.layer.name, use.key

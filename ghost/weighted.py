@@ -16,7 +16,7 @@ from torch import Tensor
 from ghost import algebra, choice
 from ghost.algebra import FUSED_TILE, accumulation_dtype
 from ghost.choice import Algebra
-from ghost.gradients import Materialised, OuterProducts, RowGathers, SampleGradients
+from ghost.gradients import Materialised, OuterProducts, RowGathers, SampleGradients, widest
 from ghost.step import Unit
 from ghost.weigher import Weigher
 
@@ -111,8 +111,9 @@ def _weighted_blocks(
     """Blocks of the parameter's rows, with each dense piece's per-sample gradients there `[b, r, n]` and the
     weighted targets `[C, r, n]`; the gradient there goes to `total`.
     """
+    dtype = widest([piece.gradients for piece in pieces])
     for rows, tiles in _tiles([pieces[at] for at in dense], targets, weigher, chunk):
-        whole = functools.reduce(torch.add, tiles)
+        whole = functools.reduce(torch.add, tiles).to(dtype)
         kept = [table.add_to(whole, rows) for table in tables.values()]
         weighted = weigher.weighted(rows, whole, targets, total)
         for table, values in zip(reversed(list(tables.values())), reversed(kept), strict=True):
@@ -177,7 +178,7 @@ class Lookups:
         """Add to a block's tile, and return what stood there."""
         places, values = self._block(rows)
         kept = tile[places]
-        tile.index_put_(places, values, accumulate=True)
+        tile.index_put_(places, values.to(tile.dtype), accumulate=True)
         return kept
 
     def restore(self, tile: Tensor, rows: slice, kept: Tensor) -> None:

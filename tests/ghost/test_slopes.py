@@ -453,6 +453,25 @@ def test_compiled(text: tuple[Rows, Rows], val_mode: str) -> None:
     manager.cleanup()
 
 
+@pytest.mark.parametrize("val_mode", ["concat", "separate"])
+def test_a_tied_table_under_autocast(text: tuple[Rows, Rows], val_mode: str) -> None:
+    """The head's gradients are narrower than the table's."""
+    train, val = text
+    model = models.tiny_gpt2().float()
+    optimizer = warmed(model, torch.optim.AdamW, val, reference.causal_loss, 1)
+    config = {"val_mode": val_mode}
+    wide = scored(model, optimizer, config, train, val, reference.causal_loss).scores
+    model.zero_grad()
+
+    def narrow(model: nn.Module, X: Tensor, Y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return reference.causal_loss(model, X, Y)
+
+    found = scored(model, optimizer, config, train, val, narrow).scores
+    assert (found - wide).norm() < 0.05 * wide.norm()
+    assert not torch.equal(found, wide)
+
+
 def _weighed(b: int, decays: bool, accumulates: bool) -> tuple[Tensor, Tensor]:
     """A parameter's gradient and scores, of numbers that are the same at each call."""
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,6 @@ all rows without scores.
 """
 
 import argparse
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -17,23 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Ratio, interleave, report
-from benchmarks.step_overhead import gpt2
+from benchmarks.second_order import Shape, training
 from benchmarks.steps import Step, attached_step, plain_step
 from ghost import GhostEngineManager
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A GPT-2 of so many layers of width `d`, `b` training and `v` validation rows of `tokens` tokens."""
-
-    layers: int
-    d: int
-    tokens: int
-    b: int = 16
-    v: int = 2
-
-
-SHAPES = [Shape(4, 256, 128), Shape(4, 512, 128), Shape(4, 768, 128)]
+SHAPES = [Shape(4, d, 128, v=2) for d in (256, 512, 768)]
 MODES = ("concat", "separate")
 
 
@@ -60,11 +47,7 @@ def second_pass_step(
 
 def steps(shape: Shape, mode: str, vocabulary: int) -> dict[str, Step]:
     """The steps by name, all on one model."""
-    torch.manual_seed(0)
-    model = gpt2(n_layer=shape.layers, n_embd=shape.d, n_head=shape.d // 64, vocab_size=vocabulary)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
-    X = torch.randint(0, vocabulary, (shape.b, shape.tokens))
-    val = torch.randint(0, vocabulary, (shape.v, shape.tokens))
+    model, optimizer, X, val = training(shape, vocabulary)
 
     def manager(policy: Any) -> GhostEngineManager:
         return GhostEngineManager({"val_mode": mode}, model, optimizer, val_data=(val, val), policy=policy)

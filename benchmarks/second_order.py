@@ -10,7 +10,9 @@ import argparse
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GPT2LMHeadModel
 
 from benchmarks.common import Ratio, interleave, report
 from benchmarks.step_overhead import gpt2
@@ -32,13 +34,18 @@ class Shape:
 SHAPES = [Shape(4, 256, 128), Shape(4, 512, 128), Shape(4, 768, 128), Shape(4, 512, 256)]
 
 
-def steps(shape: Shape, vocabulary: int) -> dict[str, Step]:
-    """The steps by name, all on one model."""
+def training(shape: Shape, vocabulary: int) -> tuple[GPT2LMHeadModel, torch.optim.Optimizer, Tensor, Tensor]:
+    """A model with its optimizer, training rows `[b, T]` and validation rows `[v, T]`."""
     torch.manual_seed(0)
     model = gpt2(n_layer=shape.layers, n_embd=shape.d, n_head=shape.d // 64, vocab_size=vocabulary)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     X = torch.randint(0, vocabulary, (shape.b, shape.tokens))
-    val = torch.randint(0, vocabulary, (shape.v, shape.tokens))
+    return model, optimizer, X, torch.randint(0, vocabulary, (shape.v, shape.tokens))
+
+
+def steps(shape: Shape, vocabulary: int) -> dict[str, Step]:
+    """The steps by name, all on one model."""
+    model, optimizer, X, val = training(shape, vocabulary)
 
     def scored(order: int) -> Step:
         config = {"val_mode": "separate", "order": order}

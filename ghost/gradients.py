@@ -389,5 +389,5 @@ def sum_of_uses(uses: Sequence[SampleGradients]) -> Tensor:
 
 
 def widest(uses: Sequence[SampleGradients]) -> torch.dtype:
-    """The dtype that holds all uses' gradients: under autocast a head's are narrower than its tied table's."""
+    """The dtype that holds the gradients of all uses: autocast narrows a head's, not its tied table's."""
     return functools.reduce(torch.promote_types, [use.example.dtype for use in uses])

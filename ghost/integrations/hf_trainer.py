@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from ghost.config import GhostConfig, ValMode
-from ghost.engines import LossFn, engine_class
+from ghost.config import GhostConfig
+from ghost.engines import LossFn
 from ghost.errors import BatchError, GhostConfigError
 from ghost.integrations.indices import SAMPLE_INDEX, IndexedCollator, IndexedRows
+from ghost.integrations.settings import scoring_settings
 from ghost.integrations.table import write_values
 from ghost.loss import LossReduction, count, infer_reduction
 from ghost.manager import GhostEngineManager
@@ -205,17 +206,8 @@ def _known_reduction(model: Any) -> LossReduction | None:
 
 def _settings(ghost: Any, args: TrainingArguments) -> GhostConfig:
     """The manager's settings, as far as the `Trainer` decides them."""
-    given = {"val_mode": ValMode.SEPARATE, **ghost} if isinstance(ghost, Mapping) else ghost
-    config, steps = GhostConfig.read(given), args.gradient_accumulation_steps
-    if not engine_class(config.engine).needs_optimizer:
-        raise GhostConfigError(
-            f"engine={config.engine!r} scores nothing: GhostTrainer takes one that does, 'graddotprod'."
-        )
-    if config.val_mode is not ValMode.SEPARATE:
-        raise GhostConfigError(
-            f"val_mode={config.val_mode.value!r} would add rows to batches whose tokens the Trainer counts: "
-            "GhostTrainer takes 'separate'."
-        )
+    joined = "add rows to batches whose tokens the Trainer counts"
+    config, steps = scoring_settings(ghost, "GhostTrainer", joined), args.gradient_accumulation_steps
     if config.gradient_accumulation_steps not in (1, steps):
         raise GhostConfigError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} contradicts the training "

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ghost.batch import Inputs
-from ghost.config import GhostConfig, ValMode
-from ghost.engines import LossFn, engine_class
+from ghost.config import GhostConfig
+from ghost.engines import LossFn
 from ghost.errors import BatchError, GhostConfigError
 from ghost.integrations.indices import SAMPLE_INDEX
+from ghost.integrations.settings import scoring_settings
 from ghost.integrations.table import write_values
 from ghost.manager import GhostEngineManager
 from ghost.validation import model_loss
@@ -162,17 +163,7 @@ class GhostCallback(Callback):
 
 def _settings(config: Any) -> GhostConfig:
     """The manager's settings, as far as Lightning decides them."""
-    given = {"val_mode": ValMode.SEPARATE, **config} if isinstance(config, Mapping) else config
-    read = GhostConfig.read(given)
-    if not engine_class(read.engine).needs_optimizer:
-        raise GhostConfigError(
-            f"engine={read.engine!r} scores nothing: GhostCallback takes one that does, 'graddotprod'."
-        )
-    if read.val_mode is not ValMode.SEPARATE:
-        raise GhostConfigError(
-            f"val_mode={read.val_mode.value!r} would change the batch that training_step gets: GhostCallback "
-            "takes 'separate'."
-        )
+    read = scoring_settings(config, "GhostCallback", "change the batch that training_step gets")
     if read.gradient_accumulation_steps != 1:
         raise GhostConfigError(
             f"gradient_accumulation_steps={read.gradient_accumulation_steps} is the Trainer's to say: leave "

@@ -1,19 +1,50 @@
 """Bad samples and copies, planted in the place of samples that a text corpus had there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from conf.errors import ConfigError
+from conf.schema import key
 from runners.errors import DataError
+from runners.fidelity.language import LanguageConfig, check_language
+from runners.fidelity.settings import check_at_least, refuse_setting
 from runners.tokenizer import encode
 
 KINDS = ("shuffled", "bytes", "repeated")
 PIECE = 4  # tokens that a repeated sample has over and over
 LATIN = 256
+
+
+@dataclass
+class PlantedConfig(LanguageConfig):
+    """What is planted, and how often a test loss that scores never saw is taken."""
+
+    bad_share: float = key("share of the training samples that is bad, equally many of each kind")
+    eval_every: int = key("steps between two test losses")
+
+
+def check_planted(settings: PlantedConfig, share: float) -> None:
+    """Raises `ConfigError` for settings of which nothing could be planted or tested.
+
+    Args:
+        share: A `bad_share` to advise.
+    """
+    check_language(settings, read=("test_samples",))
+    check_at_least(settings, eval_every=1)
+    if not 0 < settings.bad_share < 1:
+        refuse_setting(settings, "bad_share", f"is no share of samples: type fidelity.bad_share={share}")
+    if not settings.data.test_samples:
+        raise ConfigError("fidelity.data.test_samples=0 leaves no test loss: type 1 or more")
+    if "tokenizer" not in {field.name for field in fields(settings.data)}:
+        raise ConfigError(
+            f"data@fidelity.data={settings.data.kind} names no tokenizer to encode bytes with: type "
+            "data@fidelity.data=text, or interpreter"
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conf.errors import ConfigError
 from conf.schema import fixed, key
 from ghost import GhostEngineManager
 from runners.choices import ExperimentName
@@ -23,9 +22,7 @@ from runners.errors import DataError
 from runners.fidelity.experiment import Measured, Point
 from runners.fidelity.in_run import Rows, epochs
 from runners.fidelity.language import (
-    LanguageConfig,
     adamw,
-    check_language,
     corpus,
     language_model,
     mean_loss,
@@ -35,7 +32,7 @@ from runners.fidelity.language import (
     tokens_of,
     width,
 )
-from runners.fidelity.planting import KINDS, Planted, plant
+from runners.fidelity.planting import KINDS, Planted, PlantedConfig, check_planted, plant
 from runners.fidelity.selection_course import (
     Checkpoint,
     Tally,
@@ -60,15 +57,13 @@ StepFn = Callable[[Tensor, int], Tensor]
 
 
 @dataclass
-class SelectionConfig(LanguageConfig):
+class SelectionConfig(PlantedConfig):
     """What is chosen from, by what, and what it may cost."""
 
     name: ExperimentName = fixed(ExperimentName.selection)
     policies: list[SelectionPolicy] = key("ways to choose, a point each a seed; uniform draws, unscored")
     kept: int = key("samples of a step with uniform, top_k and greedy; the scored have batch_size candidates")
     budget: int = key("compute at which runs are compared, in plain training rows")
-    bad_share: float = key("share of the training samples that is corrupted, equally many of each kind")
-    eval_every: int = key("steps between two test losses")
 
 
 class Selection:
@@ -78,8 +73,8 @@ class Selection:
         """Raises `ConfigError` for settings that cannot work."""
         self.settings = settings
         self.device = device
-        check_language(settings, read=("test_samples",))
-        check_at_least(settings, kept=1, budget=1, eval_every=1)
+        check_planted(settings, share=0.2)
+        check_at_least(settings, kept=1, budget=1)
         if not settings.policies:
             refuse_setting(
                 settings, "policies", "leaves nothing to measure: type fidelity.policies=[uniform,top_k]"
@@ -91,15 +86,6 @@ class Selection:
         if settings.steps % settings.eval_every:
             refuse_setting(
                 settings, "eval_every", f"does not divide fidelity.steps={settings.steps}: type another"
-            )
-        if not 0 < settings.bad_share < 1:
-            refuse_setting(settings, "bad_share", "is no share of samples: type fidelity.bad_share=0.2")
-        if not settings.data.test_samples:
-            raise ConfigError("fidelity.data.test_samples=0 leaves no test loss: type 1 or more")
-        if "tokenizer" not in {field.name for field in fields(settings.data)}:
-            raise ConfigError(
-                f"data@fidelity.data={settings.data.kind} names no tokenizer to encode bytes with: type "
-                "data@fidelity.data=text, or interpreter"
             )
 
     def points(self) -> list[Point]:

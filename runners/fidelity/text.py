@@ -3,7 +3,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from conf.errors import ConfigError
 from conf.schema import fixed, key
 from runners.choices import ExperimentName
 from runners.data.base import DataBundle
@@ -21,10 +20,8 @@ from runners.fidelity.experiment import Measured, Point
 from runners.fidelity.in_run import InRunValues, Rows, epochs, train, train_scored
 from runners.fidelity.language import (
     ADAMW_METHODS,
-    LanguageConfig,
     Watch,
     adamw,
-    check_language,
     check_rate,
     corpus,
     language_model,
@@ -34,7 +31,7 @@ from runners.fidelity.language import (
     tokens_of,
     width,
 )
-from runners.fidelity.planting import KINDS, Planted, plant
+from runners.fidelity.planting import KINDS, Planted, PlantedConfig, check_planted, plant
 from runners.fidelity.settings import check_at_least, refuse_setting
 from runners.fidelity.text_measures import (
     ALL,
@@ -54,16 +51,14 @@ TextOptimizer = StrEnum("TextOptimizer", ["sgd", "adamw"])
 
 
 @dataclass
-class TextConfig(LanguageConfig):
+class TextConfig(PlantedConfig):
     """What is planted, and how it is trained."""
 
     name: ExperimentName = fixed(ExperimentName.text)
     optimizers: list[TextOptimizer] = key("optimizers, a point each a seed")
     sgd_lr: float = key("learning rate of SGD, which has no momentum here")
-    bad_share: float = key("share of the training samples that is bad, equally many of each kind")
     originals: int = key("samples that have copies")
     copies: int = key("copies of each")
-    eval_every: int = key("steps between two test losses")
 
 
 class Text:
@@ -73,27 +68,18 @@ class Text:
         """Raises `ConfigError` for settings that cannot work."""
         self.settings = settings
         self.device = device
-        check_language(settings, read=("test_samples",))
+        check_planted(settings, share=0.05)
         check_rate("sgd_lr", settings.sgd_lr)
-        check_at_least(settings, originals=2, copies=1, eval_every=1)
+        check_at_least(settings, originals=2, copies=1)
         if not settings.optimizers:
             refuse_setting(
                 settings, "optimizers", "leaves nothing to measure: type fidelity.optimizers=[sgd,adamw]"
             )
-        if not 0 < settings.bad_share < 1:
-            refuse_setting(settings, "bad_share", "is no share of samples: type fidelity.bad_share=0.05")
         if settings.copies >= settings.batch_size:
             refuse_setting(
                 settings, "copies",
                 f"and an original do not go into one batch: type less than {settings.batch_size}",
             )  # fmt: skip
-        if not settings.data.test_samples:
-            raise ConfigError("fidelity.data.test_samples=0 leaves no test loss: type 1 or more")
-        if "tokenizer" not in {field.name for field in fields(settings.data)}:
-            raise ConfigError(
-                f"data@fidelity.data={settings.data.kind} names no tokenizer to encode bytes with: type "
-                "data@fidelity.data=text, or interpreter"
-            )
 
     def points(self) -> list[Point]:
         """Every optimizer, seed by seed."""

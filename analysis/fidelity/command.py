@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from analysis.errors import AnalysisError
-from analysis.fidelity.figure import draw, save_svg
+from analysis.fidelity.figure import draw, draw_course, save_svg
 from analysis.fidelity.page import completeness, results, sections, with_section
 from analysis.fidelity.presentations import PRESENTATIONS
 from analysis.fidelity.reading import Found, read_points
@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> list[str]:
 
 
 def _lines(name: str, found: Found, page: Path) -> list[str]:
-    """The section's lines; its figure is drawn on the way."""
+    """The section's lines; its figures are drawn on the way."""
     if name not in PRESENTATIONS:
         raise AnalysisError(f"{name} has no entry in analysis/fidelity/presentations.py: add one")
     shown, rows = PRESENTATIONS[name], summarise(found.measurements)
@@ -75,10 +75,13 @@ def _lines(name: str, found: Found, page: Path) -> list[str]:
     say("%s: %s", name, completeness(found))
     if found.left_out:
         log.warning("%s: %d points of other sizes are left out", name, found.left_out)
-    figure = None
+    figures = []
     if shown.drawn:
-        figure = save_svg(draw(rows, shown.drawn), page.with_suffix("") / f"{name}.svg")
-    return results(name, found, rows, shown, None if figure is None else f"{page.stem}/{figure.name}")
+        figures.append(save_svg(draw(rows, shown.drawn), page.with_suffix("") / f"{name}.svg"))
+    if shown.course:
+        figure = draw_course(found.measurements, shown.course)
+        figures.append(save_svg(figure, page.with_suffix("") / f"{name}_course.svg"))
+    return results(name, found, rows, shown, [f"{page.stem}/{figure.name}" for figure in figures])
 
 
 def _read(page: Path) -> str:

@@ -1,13 +1,16 @@
-"""An experiment's figure: its methods side by side at each place, with intervals."""
+"""An experiment's figures: its methods side by side at each place, and courses, both with intervals."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.fidelity.summary import Row
+from analysis.compare.contrasts import interval_of_mean
+from analysis.fidelity.presentations import STEP, Course
+from analysis.fidelity.summary import SEED, Measurement, Row
 from analysis.figures import domain_styles, new_figure, plain, tidy
 from ghost.atomic import written_beside
 
@@ -30,6 +33,52 @@ def draw(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
         axes.set_ylabel(plain(measure.replace("_", " ")), fontsize=9)
         tidy(axes)
     return figure
+
+
+def draw_course(measurements: Sequence[Measurement], course: Course) -> Figure:
+    """What happens on the way, a line for each place and a panel for each thing that it is drawn over.
+
+    A line is the mean over seeds, and a band its 95 % interval, at the steps that all seeds of a place have;
+    what it is drawn over is the mean there too.
+    """
+    places: dict[str, list[Mapping[str, Mapping[int, float]]]] = defaultdict(list)
+    for one in measurements:
+        named = [text for name, text in one.coordinates.items() if name != SEED]
+        places[" ".join(named)].append(one.course)
+    styles = domain_styles(places)
+    figure = new_figure(_WIDTH, _HEIGHT * len(course.over))
+    panels = figure.subplots(len(course.over), 1, squeeze=False)[:, 0]
+    for axes, over in zip(panels, course.over, strict=True):
+        for place, courses in places.items():
+            _line(axes, courses, over, course.shown, styles[place].colour, plain(place))
+        axes.set_xlabel(plain(over.replace("_", " ")), fontsize=9)
+        axes.set_ylabel(plain(course.shown.replace("_", " ")), fontsize=9)
+        tidy(axes)
+    panels[0].legend(fontsize=7, frameon=False, ncols=3)
+    return figure
+
+
+def _line(
+    axes: Axes, courses: Sequence[Mapping[str, Mapping[int, float]]], over: str, shown: str, colour: str,
+    label: str,
+) -> None:  # fmt: skip
+    steps = sorted(set.intersection(*(set(one[shown]) for one in courses)))
+    across = [
+        step if over == STEP else sum(one[over][step] for one in courses) / len(courses) for step in steps
+    ]
+    found = [interval_of_mean([one[shown][step] for one in courses]) for step in steps]
+    axes.plot(across, [one.mean for one in found], color=colour, linewidth=1.2, label=label)
+    bounds = [
+        (one.mean, one.mean) if one.low is None or one.high is None else (one.low, one.high) for one in found
+    ]
+    axes.fill_between(
+        across,
+        [low for low, _ in bounds],
+        [high for _, high in bounds],
+        color=colour,
+        alpha=0.15,
+        linewidth=0,
+    )
 
 
 def place_name(row: Row) -> str:

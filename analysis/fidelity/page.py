@@ -34,12 +34,12 @@ def with_section(text: str, experiment: str, lines: Sequence[str]) -> str:
 
 
 def results(
-    experiment: str, found: Found, rows: Sequence[Row], shown: Presentation, figure: str | None
+    experiment: str, found: Found, rows: Sequence[Row], shown: Presentation, figures: Sequence[str]
 ) -> list[str]:
     """The lines of a results section.
 
     Args:
-        figure: The figure's path from the page.
+        figures: The figures' paths from the page.
     """
     lines = [completeness(found), ""]
     methods = [row for row in rows if row.method]
@@ -48,7 +48,7 @@ def results(
         lines += [*table(methods, shown), ""]
     if places:
         lines += ["Of the points themselves:", "", *table(places, shown), ""]
-    if figure is not None:
+    for figure in figures:
         lines += [f"![{experiment}: means over seeds with 95 % intervals]({figure})", ""]
     return [*lines, f"*{'; '.join(found.machines)}.*"]
 

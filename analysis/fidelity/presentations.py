@@ -27,6 +27,23 @@ class Published:
         return same_place and measure == self.measure and row.method in self.methods
 
 
+STEP = "step"
+"""The step itself, of a course."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """A figure of what happens on the way.
+
+    Attributes:
+        shown: What is drawn, by its name in the points' courses.
+        over: What it is drawn over, a panel each: names in the courses too, or `STEP`.
+    """
+
+    shown: str
+    over: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Presentation:
     """How an experiment is shown.
@@ -34,10 +51,12 @@ class Presentation:
     Attributes:
         drawn: Measures of its figure; empty: no figure.
         published: Figures beside the measured ones.
+        course: Its figure of what happens on the way; None: no such figure.
     """
 
     drawn: tuple[str, ...]
     published: tuple[Published, ...] = ()
+    course: Course | None = None
 
 
 _VALUES = ("first_order", "second_order")
@@ -68,5 +87,5 @@ PRESENTATIONS: dict[str, Presentation] = {
     ),
     "domains": Presentation(drawn=("own_highest", "own_highest_last")),
     "lds": Presentation(drawn=("lds", "lds_of_mean")),
-    "selection": Presentation(drawn=()),
+    "selection": Presentation(drawn=(), course=Course("test_loss", (STEP, "rows", "seconds"))),
 }

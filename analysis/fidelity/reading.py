@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from analysis.errors import AnalysisError
 from analysis.fidelity.summary import Measurement
-from analysis.fidelity.tags import COMMITTED, COORDINATES, EXPERIMENT, PLANNED, POINT, SETTINGS
+from analysis.fidelity.tags import COMMITTED, COORDINATES, COURSE, EXPERIMENT, PLANNED, POINT, SETTINGS
 from analysis.tracking_store import missing_database, one_line, prepare_mlflow, resolve_uri, without_password
 
 if TYPE_CHECKING:
@@ -62,16 +62,16 @@ def read_points(uri: str | None, experiment: str, cwd: Path) -> dict[str, Found]
                 f"experiment={experiment} is not in {shown}: run python -m runners.fidelity first"
             )
         runs = list(_finished_points(client, known.experiment_id))
+        names = dict.fromkeys(run.data.tags[EXPERIMENT] for run in runs)
+        found = {
+            name: _of_one([run for run in runs if run.data.tags[EXPERIMENT] == name], client)
+            for name in names
+        }
     except MlflowException as error:
         raise AnalysisError(
             f"{shown} cannot be read ({one_line(error)}): give another tracking.uri=STORE"
         ) from error
-    names = dict.fromkeys(run.data.tags[EXPERIMENT] for run in runs)
-    return {
-        name: found
-        for name in names
-        if (found := _of_one([run for run in runs if run.data.tags[EXPERIMENT] == name])) is not None
-    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _finished_points(client: "MlflowClient", experiment_id: str) -> Iterator["TrackedRun"]:
@@ -87,7 +87,7 @@ def _finished_points(client: "MlflowClient", experiment_id: str) -> Iterator["Tr
             return
 
 
-def _of_one(runs: Sequence["TrackedRun"]) -> Found | None:
+def _of_one(runs: Sequence["TrackedRun"], client: "MlflowClient") -> Found | None:
     """The points of one experiment; None where none is at committed sizes."""
     committed = [run for run in runs if run.data.tags[COMMITTED] == "true"]
     if not committed:
@@ -96,16 +96,25 @@ def _of_one(runs: Sequence["TrackedRun"]) -> Found | None:
     points = {run.data.tags[POINT]: run for run in runs if run.data.tags[SETTINGS] == settings}
     left_out = sum(run.data.tags[SETTINGS] != settings for run in runs)
     return Found(
-        [_measurement(run) for run in points.values()],
+        [_measurement(run, client) for run in points.values()],
         max(int(run.data.tags[PLANNED]) for run in points.values()),
         left_out,
         list(dict.fromkeys(_machine(run.data.tags) for run in points.values())),
     )
 
 
-def _measurement(run: "TrackedRun") -> Measurement:
+def _measurement(run: "TrackedRun", client: "MlflowClient") -> Measurement:
     names = run.data.tags[COORDINATES].split(",")
-    return Measurement({name: run.data.params[f"point.{name}"] for name in names}, run.data.metrics)
+    courses = [name for name in run.data.metrics if name.startswith(COURSE)]
+    return Measurement(
+        {name: run.data.params[f"point.{name}"] for name in names},
+        {name: number for name, number in run.data.metrics.items() if name not in courses},
+        {name.removeprefix(COURSE): _by_step(run, name, client) for name in courses},
+    )
+
+
+def _by_step(run: "TrackedRun", metric: str, client: "MlflowClient") -> dict[int, float]:
+    return {one.step: one.value for one in client.get_metric_history(run.info.run_id, metric)}
 
 
 def _machine(tags: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.table import Table
 from rich.text import Text
@@ -19,10 +19,12 @@ class Measurement:
 
     Attributes:
         metrics: By name, `measure/method`, or the measure alone where no method is in question.
+        course: Numbers on the way, by name and step.
     """
 
     coordinates: Mapping[str, str]
     metrics: Mapping[str, float]
+    course: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

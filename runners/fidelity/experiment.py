@@ -58,11 +58,14 @@ class Measured:
         tables: Columns of one length by name, by name of the table: kept as `<table>.parquet` and uploaded.
             No texts and no tokens.
         facts: What it was measured on, such as `data.fingerprint`: kept beside the numbers.
+        course: Numbers of the way there, by step and name, the same names at each step: metrics `course/NAME`
+            of the point's MLflow run, with their steps.
     """
 
     metrics: Mapping[str, float]
     tables: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
+    course: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Experiment(Protocol):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 
-from analysis.fidelity.tags import POINT, SETTINGS
+from analysis.fidelity.tags import COURSE, POINT, SETTINGS
 from conf.errors import ConfigError
 from ghost.atomic import write_atomically, written_beside
 from runners.environment import device_description, versions
@@ -102,6 +102,8 @@ def measure(job: Job) -> dict[str, float]:
         measured = experiment_of(job.settings, device).measure(job.point, job.folder)
         _write(measured, job.folder)
         tracker.log_metrics(0, measured.metrics)
+        for step, numbers in measured.course.items():
+            tracker.log_metrics(step, {f"{COURSE}{name}": number for name, number in numbers.items()})
         tracker.log_artifacts(job.folder)
     note = json.dumps({SETTINGS: fingerprint(job.settings), POINT: job.point.name})
     write_atomically(job.folder / FINISHED_FILE, lambda file: file.write(note.encode()))

@@ -36,8 +36,8 @@ from runners.fidelity.planting import KINDS, Planted, PlantedConfig, check_plant
 from runners.fidelity.selection_course import (
     Checkpoint,
     Tally,
+    by_step,
     check_finite,
-    course_table,
     gram_rows,
     loss_at,
     scored_rows,
@@ -115,7 +115,7 @@ class Selection:
             "seconds_per_step": course[-1].seconds / course[-1].step,
             **shares,
         }
-        return Measured(metrics, {"curve": course_table(course)}, {"data.fingerprint": data.fingerprint})
+        return Measured(metrics, {}, {"data.fingerprint": data.fingerprint}, by_step(course))
 
     def _planted(self, data: DataBundle, seed: int) -> Planted:
         """The training samples with corrupted ones among them."""

@@ -90,13 +90,10 @@ class Tally:
         }
 
 
-def course_table(course: Sequence[Checkpoint]) -> dict[str, Sequence[float]]:
-    """A row for each test loss."""
+def by_step(course: Sequence[Checkpoint]) -> dict[int, dict[str, float]]:
+    """What each test loss was, and what it had cost."""
     return {
-        "step": [one.step for one in course],
-        "rows": [one.rows for one in course],
-        "seconds": [one.seconds for one in course],
-        "test_loss": [one.test_loss for one in course],
+        one.step: {"rows": one.rows, "seconds": one.seconds, "test_loss": one.test_loss} for one in course
     }
 
 

@@ -2,12 +2,13 @@
 that its gradients make, the number that losses are divided by held fixed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.errors import ConfigError
 from ghost.batch import Inputs, plain
 from ghost.loss import IGNORED_LABEL
 
@@ -111,30 +112,73 @@ class FallInLoss:
     It is computed as a difference from the start, so that no two losses near each other are subtracted: with
     `z` the logits before and `s` the logarithm of the sum of their exponentials, a token's loss rises by
     `log Σ_v exp(z'_v - s) - (z'_y - z_y)`, of which the sum is near 1 and added up in float64.
+
+    The vocabulary is gone through in blocks of words: all logits at once would not stay in a core's cache.
     """
 
-    CHUNK = 8  # rows of logits that stay in a core's cache
+    WORDS = 2048  # of a block
 
     def __init__(self, model: nn.Module, X: Inputs, Y: Tensor) -> None:
-        """`X`: the model's inputs by name; `Y` `[v, T]`: labels, -100 where not counted, not shifted."""
-        self._model = model
+        """Note where the loss is.
+
+        Args:
+            model: A causal language model of transformers, whose logits are a linear head of what its base
+                model ends with.
+            X: Its inputs by name.
+            Y: `[v, T]` labels, -100 where not counted, not shifted.
+
+        Raises:
+            ConfigError: The model does more to its logits than that.
+        """
+        self._base, self._head = _base_and_head(model)
         self._inputs = plain(X)
         following = F.pad(Y[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()  # [v T]
         self._counted = following != IGNORED_LABEL
-        self._following = following.clamp(min=0)[:, None]
-        logits = self._logits()
-        self._normaliser = logits.double().logsumexp(1, keepdim=True).to(logits.dtype)  # [v T, 1]
-        self._right = logits.gather(1, self._following)
-
-    def __call__(self) -> float:
-        logits = self._logits()
-        gained = (logits.gather(1, self._following) - self._right).double().squeeze(1)
-        chunks = zip(logits.split(self.CHUNK), self._normaliser.split(self.CHUNK), strict=True)
-        total = torch.cat([(part - start).exp_().sum(1, dtype=torch.float64) for part, start in chunks])
-        return float((gained - total.log())[self._counted].mean())
+        self._following = following[self._counted]  # [n]
+        with torch.no_grad():
+            logits = model(**self._inputs).logits.flatten(0, 1)[self._counted]  # [n, V]
+            hidden = self._hidden()
+            if not torch.allclose(self._head(hidden), logits, rtol=1e-4, atol=1e-4):
+                raise ConfigError(
+                    f"the logits of {type(model).__name__} are not its head's: one_step wants a model such "
+                    "as model@fidelity.model=gpt2-nano"
+                )
+            self._normaliser = logits.double().logsumexp(1, keepdim=True).to(logits.dtype)  # [n, 1]
+            self._right = self._following_logits(hidden)
 
     @torch.no_grad()
-    def _logits(self) -> Tensor:
-        """`[v T, V]`."""
-        logits: Tensor = self._model(**self._inputs).logits
-        return logits.flatten(0, 1)
+    def __call__(self) -> float:
+        hidden = self._hidden()
+        total = hidden.new_zeros(len(hidden), dtype=torch.float64)
+        for words in _blocks(self._head.out_features, self.WORDS):
+            part = torch.addmm(self._offset(words), hidden, self._head.weight[words].T)  # z' - s, [n, w]
+            total += part.exp_().sum(1, dtype=torch.float64)
+        gained = self._following_logits(hidden) - self._right
+        return float((gained - total.log()).mean())
+
+    def _hidden(self) -> Tensor:
+        """What the head has for the counted tokens, `[n, d]`."""
+        found: Tensor = self._base(**self._inputs).last_hidden_state
+        return found.flatten(0, 1)[self._counted]
+
+    def _offset(self, words: slice) -> Tensor:
+        return -self._normaliser if self._head.bias is None else self._head.bias[words] - self._normaliser
+
+    def _following_logits(self, hidden: Tensor) -> Tensor:
+        """The logit of the word that comes, `[n]` float64."""
+        chosen = (hidden.double() * self._head.weight[self._following].double()).sum(1)
+        return chosen if self._head.bias is None else chosen + self._head.bias[self._following]
+
+
+def _base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    base, head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", lambda: None)()
+    if base is None or base is model or not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"{type(model).__name__} has no linear head on a base model: one_step wants a language model "
+            "such as model@fidelity.model=gpt2-nano"
+        )
+    return base, head
+
+
+def _blocks(number: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, number, size))

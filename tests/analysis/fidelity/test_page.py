@@ -11,8 +11,9 @@ import pytest
 
 from analysis.errors import AnalysisError
 from analysis.fidelity.command import main
+from analysis.fidelity.figure import draw_course
 from analysis.fidelity.page import sections, with_section
-from analysis.fidelity.presentations import PRESENTATIONS, Published
+from analysis.fidelity.presentations import PRESENTATIONS, Course, Published
 from analysis.fidelity.reading import read_points
 from analysis.fidelity.summary import Row
 from conf.command import MISTAKE
@@ -53,6 +54,7 @@ class Store:
     def add(
         self, name: str, coordinates: Mapping[str, object], metrics: Mapping[str, float], *, planned: int = 4,
         settings: str = "aaa", committed: bool = True, status: str = "FINISHED",
+        course: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:  # fmt: skip
         tags = {
             "fidelity.experiment": name, "fidelity.point": "-".join(map(str, coordinates.values())),
@@ -65,6 +67,9 @@ class Store:
             self.client.log_param(run, f"point.{key}", str(value))
         for key, number in metrics.items():
             self.client.log_metric(run, key, number)
+        for step, numbers in (course or {}).items():
+            for key, number in numbers.items():
+                self.client.log_metric(run, f"course/{key}", number, step=step)
         self.client.set_terminated(run, status)
 
 
@@ -147,6 +152,29 @@ def test_methods_of_one_place_are_drawn_beside_each_other(store: Store, in_proce
     assert "| `b_c` | 0.100 ± 0.248 | 0.100 ± 0.248 |" in page()
     drawn = Path("docs/fidelity/lds.svg").read_text(encoding="utf-8")
     assert "lds of mean" in drawn
+
+
+def test_courses_are_drawn_and_are_no_results(store: Store, in_process: Command, tmp_path: Path) -> None:
+    path = tmp_path / "docs" / "fidelity.md"
+    path.write_text("<!-- results: selection -->\n<!-- end of results -->\n", encoding="utf-8")
+    for seed in range(2):
+        for policy in ("top_k", "uniform"):
+            course = {
+                step: {"test_loss": 5.0 - step + seed / 10, "rows": 8.0 * step, "seconds": 0.1 * step + seed}
+                for step in range(3 + seed)  # one seed goes on for longer
+            }
+            store.add("selection", {"policy": policy, "seed": seed}, {"test_loss": 3.0}, course=course)
+    assert in_process(main) == 0
+    assert "| policy | test loss |" in page()
+    assert "![selection: means over seeds with 95 % intervals](fidelity/selection_course.svg)" in page()
+    drawn = Path("docs/fidelity/selection_course.svg").read_text(encoding="utf-8")
+    assert all(word in drawn for word in ("top_k", "uniform", "step", "rows", "seconds", "test loss"))
+    found = read_points(None, EXPERIMENT, tmp_path)["selection"].measurements
+    assert found[0].metrics == {"test_loss": 3.0}
+    assert found[0].course["test_loss"] == {0: 5.0, 1: 4.0, 2: 3.0}
+    (panel, *_) = draw_course(found, Course("test_loss", ("step", "seconds"))).axes
+    for line in panel.lines:
+        assert line.get_xydata().tolist() == [[0.0, 5.05], [1.0, 4.05], [2.0, 3.05]]
 
 
 def test_a_store_without_the_experiment_is_named(

@@ -117,15 +117,17 @@ def test_every_policy_has_its_cost(policy: str, rows: float, kept: float, tmp_pa
     measured = experiment().measure(Point.at(policy=policy, seed=0), tmp_path)
     assert measured.metrics["rows_per_step"] == pytest.approx(rows)
     assert measured.metrics["kept_share"] == kept
-    curve = measured.tables["curve"]
-    assert curve["step"][-1] >= 4
-    assert curve["rows"][-1] >= 40
-    assert list(curve["seconds"]) == sorted(curve["seconds"])
-    assert measured.metrics["test_loss"] == curve["test_loss"][2]
+    course = measured.course
+    last, seconds = max(course), [numbers["seconds"] for numbers in course.values()]
+    assert last >= 4
+    assert course[last]["rows"] >= 40
+    assert seconds == sorted(seconds)
+    assert measured.metrics["test_loss"] == course[4]["test_loss"]
 
 
 def test_a_threshold_pays_for_what_it_keeps_and_losses_come_again(tmp_path: Path) -> None:
     first, again = (experiment().measure(Point.at(policy="threshold", seed=0), tmp_path) for _ in range(2))
     kept = first.metrics["kept_share"]
     assert first.metrics["rows_per_step"] == pytest.approx(SCORED + 8 * kept / 3)
-    assert first.tables["curve"]["test_loss"] == again.tables["curve"]["test_loss"]
+    losses = [[numbers["test_loss"] for numbers in one.course.values()] for one in (first, again)]
+    assert losses[0] == losses[1]

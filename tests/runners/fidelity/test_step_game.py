@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from conf.errors import ConfigError
 from runners.fidelity.step_game import FallInLoss, StepGame, flat
 from runners.losses import language_loss
 
@@ -124,3 +125,24 @@ def test_the_fall_in_loss_keeps_digits_in_float32() -> None:
     error = abs(found - expected)
     assert error < 1e-7
     assert error < abs(naive - loss_of(rounded, X).item() - expected) + 1e-8
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
+    model, X = small_model(), rows(2, 2)
+    model.register_forward_hook(lambda _model, _inputs, output: output.__setitem__("logits", -output.logits))
+    with pytest.raises(ConfigError, match="the logits of GPT2LMHeadModel are not its head's"):
+        FallInLoss(model, {"input_ids": X}, X)
+    with pytest.raises(ConfigError, match="Linear has no linear head"):
+        FallInLoss(nn.Linear(2, 2), {"input_ids": X}, X)
+
+
+def test_a_head_with_bias_and_words_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same fall as two losses, whatever the blocks."""
+    monkeypatch.setattr(FallInLoss, "WORDS", 5)
+    model, X = small_model(), rows(2, 2)
+    model.lm_head = nn.Linear(8, VOCABULARY).double()
+    before, falls = loss_of(model, X).item(), FallInLoss(model, {"input_ids": X}, X)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    assert falls() == pytest.approx(before - loss_of(model, X).item(), rel=1e-9)

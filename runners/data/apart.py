@@ -41,7 +41,7 @@ def set_test_apart(bundle: DataBundle, cfg: DictConfig) -> DataBundle:
 def test_positions(ids: Sequence[str], domains: Sequence[str], wanted: int) -> list[int]:
     """The positions of `wanted` of the samples, ascending."""
     shares = _shares(Counter(domains), wanted)
-    order = sorted(range(len(ids)), key=lambda i: (stable_unit(_document(ids[i])), stable_unit(ids[i])))
+    order = sorted(range(len(ids)), key=lambda i: (stable_unit(document_of(ids[i])), stable_unit(ids[i])))
     chosen = []
     for i in order:
         if shares[domains[i]]:
@@ -60,12 +60,12 @@ def _shares(sizes: Counter[str], wanted: int) -> dict[str, int]:
     return shares
 
 
-def _document(sample_id: str) -> str:
+def document_of(sample_id: str) -> str:
     """What the sample is a window of; a sample that is no window is its own document."""
     return sample_id.rpartition("#")[0] or sample_id
 
 
 def _say_split_documents(ids: Sequence[str], test: Sequence[int], val: Sequence[int]) -> None:
-    both = {_document(ids[i]) for i in test} & {_document(ids[i]) for i in val}
+    both = {document_of(ids[i]) for i in test} & {document_of(ids[i]) for i in val}
     if both:
         log.info("%d documents have windows both in validation and in the test set.", len(both))

@@ -13,9 +13,9 @@ from torch import Tensor
 from conf.schema import fixed, key
 from runners.choices import ExperimentName
 from runners.data.base import DataBundle
-from runners.data.loader import val_batches_by_domain
 from runners.errors import DataError
 from runners.fidelity.experiment import Measured, Point
+from runners.fidelity.held_out import hold_out
 from runners.fidelity.in_run import InRunValues, epochs, train_scored
 from runners.fidelity.language import (
     ADAMW_METHODS,
@@ -24,7 +24,6 @@ from runners.fidelity.language import (
     check_language,
     corpus,
     language_model,
-    on_device,
     rows_of,
     token_loss,
     tokens_of,
@@ -85,6 +84,9 @@ class Domains:
                 metrics[f"{name}/{method}"] = number
             for name, number in own_domain(means[-1]).items():
                 metrics[f"{name}_last/{method}"] = number
+            for row, own in enumerate(domains):
+                for column, other in enumerate(domains):
+                    metrics[f"for_{other}/{method}, of {own}"] = float(torch.stack(means).sum(0)[row, column])
             rows += [
                 (method, phase, own, other, float(matrix[row, column]))
                 for phase, matrix in enumerate(means)
@@ -98,9 +100,8 @@ class Domains:
         """The phases of one run, with a column of values for each domain's validation set, sorted."""
         model = language_model(self.settings, data, seed, self.device)
         optimizer = adamw(model, self.settings.adamw_lr)
-        sets = {
-            name: on_device(batch, self.device) for name, batch in val_batches_by_domain(data.val).items()
-        }
+        held = hold_out(data, self.settings.val_samples, 0, seed)
+        sets = {name: rows_of(tokens, width(self.settings), self.device) for name, tokens in held.val.items()}
         rows = rows_of(tokens_of(data.train), width(self.settings), self.device)
         batches = epochs(len(rows), self.settings.batch_size, seed)
         steps = self.settings.steps // self.settings.phases

@@ -119,12 +119,18 @@ def _columns(scores: Tensor) -> Tensor:
 def epochs(
     samples: int, batch_size: int, seed: int, together: Sequence[Sequence[int]] = ()
 ) -> Iterator[Tensor]:
-    """Endless batches, positions `[b]` each; every epoch is a new permutation, its last batch may be short.
+    """Endless batches, positions `[b]` each; every epoch is a new permutation, whose rest that fills no batch
+    is left out: in a short batch a sample would weigh more.
 
     Args:
         together: Samples that are always in one batch, each group in one of its own; no more groups than an
-            epoch has full batches, and none larger than a batch.
+            epoch has batches, and none larger than a batch.
+
+    Raises:
+        DataError: There are fewer samples than fill a batch.
     """
+    if samples < batch_size:
+        raise DataError(f"{samples} samples do not fill a batch: lower fidelity.batch_size={batch_size}")
     generator = torch.Generator().manual_seed(seed)
     grouped = [i for group in together for i in group]
     single = torch.ones(samples, dtype=torch.bool)
@@ -136,8 +142,8 @@ def epochs(
         guests = dict(zip(homes, together, strict=True))
         order = alone[torch.randperm(len(alone), generator=generator)]
         taken = 0
-        for number in range(-(-samples // batch_size)):
+        for number in range(full):
             group = torch.tensor(list(guests.get(number, ())), dtype=torch.int64)
-            free = min(batch_size - len(group), len(order) - taken)
+            free = batch_size - len(group)
             yield torch.cat([group, order[taken : taken + free]])
             taken += free

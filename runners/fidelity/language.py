@@ -1,6 +1,6 @@
 """What experiments about language models share: text, models, and rows of tokens."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,20 +35,19 @@ class LanguageConfig(ExperimentConfig):
 
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
+    val_samples: int = key(
+        "windows that are scored against, drawn by the seed of data.val_samples held-out ones"
+    )
     batch_size: int = key("samples of a step")
     steps: int = key("steps of a run")
     adamw_lr: float = key("learning rate of AdamW, which has no weight decay here")
 
 
-def check_language(settings: LanguageConfig, read: Collection[str] = ()) -> None:
-    """Raises `ConfigError` for data that are no text, a model of something else, and numbers out of range.
-
-    Args:
-        read: Keys of `data` that this experiment reads and others do not.
-    """
-    check_at_least(settings, batch_size=1, steps=1)
+def check_language(settings: LanguageConfig) -> None:
+    """Raises `ConfigError` for data that are no text, a model of something else, and numbers out of range."""
+    check_at_least(settings, batch_size=1, steps=1, val_samples=1)
     check_rate("adamw_lr", settings.adamw_lr)
-    check_samples(settings, TaskName.language, "interpreter", read)
+    check_samples(settings, TaskName.language, "interpreter")
     if model_task(OmegaConf.structured(settings.model)) != TaskName.language:
         raise ConfigError(
             f"model@fidelity.model={settings.model.name} is no language model: type "

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from omegaconf import MISSING, DictConfig, OmegaConf
+from scipy.optimize import brentq
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from runners.models import build_model
 log = logging.getLogger(__name__)
 
 SCORED_ROWS = 256  # of a pass that trains nothing
+OF_MEAN = " of the mean"
 
 
 @dataclass
@@ -95,10 +97,13 @@ class LDS:
         log.info("%d trainings were scored", self.settings.runs)
         losses = self.losses(data, train, val, rows, generator)
         chosen = torch.stack([F.one_hot(one, len(train.Y)).sum(0) for one in rows]).double()  # [m, n]
-        predicted = {name: (chosen @ each).numpy() for name, each in scores.items()}  # [m, V]
+        predicted = {name: (chosen @ each).numpy() for name, each in scores.items()}  # [m, V or 1]
         metrics, single = compared(predicted, losses.numpy())
-        table = {name: correlations.tolist() for name, correlations in single.items()}
-        return Measured(metrics, {"correlations": table}, {"data.fingerprint": data.fingerprint})
+        tables = {
+            "correlations": {name: correlations.tolist() for name, correlations in single.items()},
+            "losses": loss_table(losses),
+        }
+        return Measured(metrics, tables, {"data.fingerprint": data.fingerprint})
 
     def data_config(self, seed: int) -> DictConfig:
         """The config's node of a repetition's samples."""
@@ -149,7 +154,7 @@ class LDS:
         self, data: DataBundle, train: Samples, val: Samples, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Scores of all pairs of a training and a validation sample, means over runs: `[n, V]` float64 each,
-        positive where the loss falls.
+        positive where the loss falls; those of the mean loss, where they are no sums, are `NAME of the mean`.
         """
         total: dict[str, Tensor] = {}
         for _ in range(self.settings.runs):
@@ -202,7 +207,12 @@ class LDS:
                 for side in (train, val)
             ]  # fmt: skip
         unit = [F.normalize(side, dim=1) for side in rows]
-        return {"projected_dots": rows[0] @ rows[1].T, "projected_cosine": unit[0] @ unit[1].T}
+        mean = F.normalize(rows[1].mean(0), dim=0)[:, None]  # [k, 1]
+        return {
+            "projected_dots": rows[0] @ rows[1].T,
+            "projected_cosine": unit[0] @ unit[1].T,
+            f"projected_cosine{OF_MEAN}": unit[0] @ mean,
+        }
 
 
 def mean_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Tensor:
@@ -232,19 +242,50 @@ def compared(
     """Metrics, and the correlation of each validation sample by method, `[V]`.
 
     Args:
-        predicted: `[m, V]` by method: sums of values over each subset.
+        predicted: `[m, V]` by method: sums of values over each subset; as `LDS.scores` names them.
         losses: `[retrainings, m, V]`.
     """
-    actual, half = -losses.mean(0), len(losses) // 2
-    pairs = {name: (sums, actual) for name, sums in predicted.items()}
+    actual, runs = -losses.mean(0), len(losses)
+    half = runs // 2
+    pairs = {name: (sums, actual) for name, sums in predicted.items() if not name.endswith(OF_MEAN)}
     pairs["retrained_half"] = (-losses[:half].mean(0), -losses[half:].mean(0))
     metrics: dict[str, float] = {}
     single: dict[str, NDArray[np.float64]] = {}
     for name, (sums, wanted) in pairs.items():
         single[name] = rank_correlations(sums, wanted)
-        of_mean = rank_correlations(sums.sum(1, keepdims=True), wanted.sum(1, keepdims=True))
+        whole = predicted.get(f"{name}{OF_MEAN}", sums).sum(1, keepdims=True)
+        of_mean = rank_correlations(whole, wanted.sum(1, keepdims=True))
         metrics |= {f"lds/{name}": float(single[name].mean()), f"lds_of_mean/{name}": float(of_mean[0])}
+    single["perfect"] = np.array([within_reach(r, half, runs) for r in single["retrained_half"]])
+    metrics["lds/perfect"] = float(single["perfect"].mean())
+    metrics["lds_of_mean/perfect"] = within_reach(metrics["lds_of_mean/retrained_half"], half, runs)
     return metrics, single
+
+
+def within_reach(halves: float, half: int, runs: int) -> float:
+    """The correlation that perfect predictions would have with means over `runs` trainings, where means over
+    `half` of them correlate by `halves` with means over the others (Spearman and Brown); 0 where they do not.
+
+    With ρ for two single trainings, means over k have the reliability kρ / (1 + (k - 1)ρ); halves correlate
+    by the square root of both of theirs, and a perfect prediction by the square root of that of all.
+    """
+
+    def reliability(single: float, k: int) -> float:
+        return k * single / (1 + (k - 1) * single)
+
+    def excess(single: float) -> float:
+        return reliability(single, half) * reliability(single, runs - half) - halves**2
+
+    if halves <= 0:
+        return 0.0
+    return float(np.sqrt(reliability(brentq(excess, 0.0, 1.0), runs)))
+
+
+def loss_table(losses: Tensor) -> dict[str, list[float]]:
+    """A row for each training on a subset and each validation sample, of losses `[retrainings, m, V]`."""
+    places = torch.cartesian_prod(*(torch.arange(size) for size in losses.shape))
+    columns = dict(zip(("retraining", "subset", "sample"), places.T.tolist(), strict=True))
+    return columns | {"loss": losses.flatten().tolist()}
 
 
 def rank_correlations(ones: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:

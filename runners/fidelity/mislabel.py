@@ -39,16 +39,18 @@ class MislabelConfig(ExperimentConfig):
     name: ExperimentName = fixed(ExperimentName.mislabel)
     images: list[ImageSet] = key("image sets whose labels are flipped")
     noise: float = key("share of their labels that is flipped")
-    texts: list[TextSet] = key("rated texts, a rater's sign for a label; without ratings none is measured")
+    texts: list[TextSet] = key("rated texts, a rater's sign for a label; []: none")
     ratings: str | None = key(
-        "folder hutto_ICWSM_2014 of vaderSentiment's source package; null: no texts", None
+        "folder hutto_ICWSM_2014 of vaderSentiment's source package, where the texts are", None
     )
     val_samples: int = key("samples with true labels that are valued against")
     hidden: list[int] = key("widths of the perceptron's hidden layers")
     image_lr: list[float] = key("learning rates for images, a point each")
     text_lr: list[float] = key("learning rates for texts, a point each")
-    batch_size: int = key("samples of a step")
-    epochs: int = key("times that every sample is trained on")
+    image_batch_size: int = key("images of a step")
+    text_batch_size: int = key("texts of a step")
+    image_epochs: int = key("times that every image is trained on")
+    text_epochs: int = key("times that every text is trained on")
     neighbours: int = key("neighbours that KNN-Shapley looks at")
 
 
@@ -56,10 +58,11 @@ class Mislabel:
     """Points: data set, learning rate, seed."""
 
     def __init__(self, settings: MislabelConfig, device: torch.device) -> None:
-        """Raises `ConfigError` or `DataError` for settings that cannot work, or data that is not there."""
+        """Raises `ConfigError` or `DataError` for settings that cannot work, or data that are not there."""
         self.settings = settings
         self.device = device
-        check_at_least(settings, val_samples=1, batch_size=1, epochs=1, neighbours=1)
+        check_at_least(settings, val_samples=1, neighbours=1)
+        check_at_least(settings, image_batch_size=1, text_batch_size=1, image_epochs=1, text_epochs=1)
         if not 0 < settings.noise < 1:
             refuse_setting(settings, "noise", "is no share of labels to flip: type fidelity.noise=0.1")
         for name in ("image_lr", "text_lr"):
@@ -70,17 +73,21 @@ class Mislabel:
             refuse_setting(settings, "hidden", "must name a width from 1 up: type fidelity.hidden=[64]")
         if not self._sets():
             refuse_setting(
-                settings, "images", "and fidelity.ratings=null leave no data: name images or ratings"
+                settings, "images", "and fidelity.texts=[] leave no data: name a set in one of them"
             )
         if ImageSet.mnist in settings.images:
             mnist_file()
-        if settings.ratings is not None:
-            for domain in settings.texts:
-                rating_files(domain, Path(settings.ratings))
+        if settings.texts and settings.ratings is None:
+            refuse_setting(
+                settings, "ratings",
+                "names no folder of rated texts (docs/fidelity.md says how to get it): name it, or type "
+                "fidelity.texts=[]",
+            )  # fmt: skip
+        for domain in settings.texts:
+            rating_files(domain, Path(str(settings.ratings)))
 
     def _sets(self) -> list[str]:
-        texts = self.settings.texts if self.settings.ratings is not None else []
-        return [str(name) for name in (*self.settings.images, *texts)]
+        return [str(name) for name in (*self.settings.images, *self.settings.texts)]
 
     def points(self) -> list[Point]:
         """Every data set with its rates, seed by seed."""
@@ -105,13 +112,18 @@ class Mislabel:
             refuse_setting(
                 self.settings, "neighbours", f"are more than the {len(data.Y)} samples: type fewer"
             )
-        model, values = self.trained(data, float(point["lr"]), point.seed)
+        times, batch_size = self._schedule(str(point["data"]))
+        model, values = self.trained(data, float(point["lr"]), times, batch_size, point.seed)
         suspicions = self.suspicions(model, data, values, point.seed)
         metrics = values.sums()
         for name, found in suspicions.items():
             metrics[f"auroc/{name}"] = float(roc_auc_score(data.wrong, found))
             metrics[f"auroc_within_label/{name}"] = auroc_within(data.Y.numpy(), data.wrong, found)
-        metrics |= {"accuracy": self.accuracy(model, data), "wrong_share": float(data.wrong.mean())}
+        metrics |= {
+            "accuracy": self.accuracy(model, data),
+            "commonest_label": float(data.Y_val.bincount().max() / len(data.Y_val)),
+            "wrong_share": float(data.wrong.mean()),
+        }
         columns = {"wrong": data.wrong.tolist()} | {
             name: found.tolist() for name, found in suspicions.items()
         }
@@ -126,16 +138,25 @@ class Mislabel:
             raise ConfigError(f"data={name} is no data set of this experiment: choose one of {self._sets()}")
         return rated_texts(name, Path(self.settings.ratings), self.settings.val_samples, seed)
 
-    def trained(self, data: Labelled, lr: float, seed: int) -> tuple[nn.Module, InRunValues]:
-        """The perceptron at its last weights, and its samples' values of both orders."""
+    def _schedule(self, name: str) -> tuple[int, int]:
+        """Epochs and batch size of a data set."""
+        settings = self.settings
+        if name in IMAGES:
+            return settings.image_epochs, settings.image_batch_size
+        return settings.text_epochs, settings.text_batch_size
+
+    def trained(
+        self, data: Labelled, lr: float, times: int, batch_size: int, seed: int
+    ) -> tuple[nn.Module, InRunValues]:
+        """The perceptron after so many times all samples, and its samples' values of both orders."""
         torch.manual_seed(seed)
         model = mlp(list(self.settings.hidden), data.X.shape[1], data.classes).to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         rows = Rows(data.X.to(self.device), data.Y.to(self.device))
         val = Rows(data.X_val.to(self.device), data.Y_val.to(self.device))
-        steps = self.settings.epochs * -(-len(rows) // self.settings.batch_size)
+        steps = times * (len(rows) // batch_size)
         values = train_scored(
-            model, optimizer, rows, islice(epochs(len(rows), self.settings.batch_size, seed), steps),
+            model, optimizer, rows, islice(epochs(len(rows), batch_size, seed), steps),
             label_loss, lambda step: None, val=val,
             settings={"val_mode": "separate", "order": 2, "loss_reduction": "sample_mean"},
         )  # fmt: skip

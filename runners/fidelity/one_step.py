@@ -21,8 +21,10 @@ from runners.choices import ExperimentName, TaskName
 from runners.config import LanguageData, ModelConfig
 from runners.data import build_data
 from runners.data.base import Batch, DataBundle
-from runners.data.loader import train_batches, val_batch
+from runners.data.loader import train_batches
 from runners.fidelity.experiment import Measured, Point
+from runners.fidelity.held_out import hold_out
+from runners.fidelity.language import rows_of
 from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples, refuse_setting
 from runners.fidelity.shapley import MonteCarlo, monte_carlo
 from runners.fidelity.step_game import FallInLoss, StepGame, flat
@@ -43,6 +45,9 @@ class OneStepConfig(ExperimentConfig):
     name: ExperimentName = fixed(ExperimentName.one_step)
     data: LanguageData = MISSING
     model: ModelConfig = MISSING
+    val_samples: int = key(
+        "windows of the validation loss, drawn by the seed of data.val_samples held-out ones"
+    )
     warm_up_steps: int = key("steps of AdamW before the one that is looked at")
     warm_up_lr: float = key("their learning rate")
     batch_size: int = key("samples of a step, the players of the game")
@@ -78,7 +83,7 @@ class OneStep:
         """Raises `ConfigError` for settings that cannot work."""
         self.settings = settings
         self.device = device
-        check_at_least(settings, batch_size=3, permutations=2, warm_up_steps=1)
+        check_at_least(settings, batch_size=3, permutations=2, warm_up_steps=1, val_samples=1)
         for name in ("sgd_lr", "adamw_lr"):
             if any(lr <= 0 for lr in getattr(settings, name)):
                 refuse_setting(settings, name, "has a learning rate that is not above 0: leave it out")
@@ -143,7 +148,10 @@ class OneStep:
             mean_loss(model, *next(rows)).backward()
             optimizer.step()
         optimizer.zero_grad()
-        val = self._placed(val_batch(data.val))
+        held = rows_of(
+            hold_out(data, settings.val_samples, 0, seed).all_val, settings.data.seq_len, self.device
+        )
+        val = held.X, held.Y
         log.info(
             "After %d steps: validation loss %.3f", settings.warm_up_steps, mean_loss(model, *val).item()
         )

@@ -24,6 +24,7 @@ LATIN = 256
 class PlantedConfig(LanguageConfig):
     """What is planted, and how often a test loss that scores never saw is taken."""
 
+    test_samples: int = key("windows that the test loss is of, drawn like val_samples from other documents")
     bad_share: float = key("share of the training samples that is bad, equally many of each kind")
     eval_every: int = key("steps between two test losses")
 
@@ -34,12 +35,10 @@ def check_planted(settings: PlantedConfig, share: float) -> None:
     Args:
         share: A `bad_share` to advise.
     """
-    check_language(settings, read=("test_samples",))
-    check_at_least(settings, eval_every=1)
+    check_language(settings)
+    check_at_least(settings, eval_every=1, test_samples=1)
     if not 0 < settings.bad_share < 1:
         refuse_setting(settings, "bad_share", f"is no share of samples: type fidelity.bad_share={share}")
-    if not settings.data.test_samples:
-        raise ConfigError("fidelity.data.test_samples=0 leaves no test loss: type 1 or more")
     if "tokenizer" not in {field.name for field in fields(settings.data)}:
         raise ConfigError(
             f"data@fidelity.data={settings.data.kind} names no tokenizer to encode bytes with: type "

@@ -17,16 +17,15 @@ from conf.schema import fixed, key
 from ghost import GhostEngineManager
 from runners.choices import ExperimentName
 from runners.data.base import DataBundle
-from runners.data.loader import val_batch
 from runners.errors import DataError
 from runners.fidelity.experiment import Measured, Point
+from runners.fidelity.held_out import hold_out
 from runners.fidelity.in_run import Rows, epochs
 from runners.fidelity.language import (
     adamw,
     corpus,
     language_model,
     mean_loss,
-    on_device,
     rows_of,
     token_loss,
     tokens_of,
@@ -135,10 +134,10 @@ class SelectionTrial:
     def __init__(
         self, settings: SelectionConfig, device: torch.device, data: DataBundle, planted: Planted, seed: int
     ) -> None:
-        assert data.test is not None
         self._settings, self._device, self._data, self._seed = settings, device, data, seed
-        self._val = on_device(val_batch(data.val), device)
-        self._test = on_device(val_batch(data.test), device)
+        held = hold_out(data, settings.val_samples, settings.test_samples, seed)
+        self._val = rows_of(held.all_val, width(settings), device)
+        self._test = rows_of(held.all_test, width(settings), device)
         self._rows = rows_of(planted.tokens, width(settings), device)
         self._bad = torch.zeros(len(planted.tokens), dtype=torch.bool)
         self._bad[planted.all_bad] = True

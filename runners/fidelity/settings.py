@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,8 @@ from runners.validate_data import check_data, data_task
 
 REPETITIONS = "seeds"
 
-ADDING = (REPETITIONS, "ratings")
-"""Keys that add points and change the numbers of none: seeds, and where data lie that others have."""
+ADDING = (REPETITIONS, "ratings", "images", "texts", "optimizers", "policies")
+"""Keys that add points and change the numbers of none, and where data lie that others have elsewhere."""
 
 # Keys of `fidelity.data` that every point sets by itself, or has no use for.
 _IDLE = {"seed": 0, "shuffle": True, "num_workers": 0, "test_samples": 0}
@@ -67,14 +66,11 @@ def check_at_least(settings: ExperimentConfig, **least: int) -> None:
             refuse_setting(settings, name, f"is too small: type fidelity.{name}={bound} or more")
 
 
-def check_samples(
-    settings: ExperimentConfig, task: TaskName, instead: str, read: Collection[str] = ()
-) -> None:
+def check_samples(settings: ExperimentConfig, task: TaskName, instead: str) -> None:
     """Raises `ConfigError` unless `settings.data` gives samples of the task and every key in it counts.
 
     Args:
         instead: A choice of the group `data` that does.
-        read: Keys of `data` that this experiment reads and others do not.
     """
     tree = OmegaConf.create({"fidelity": OmegaConf.structured(settings)})
     data = tree.fidelity.data
@@ -84,7 +80,7 @@ def check_samples(
             f"takes {task} samples: type data@fidelity.data={instead}"
         )
     for name, neutral in _IDLE.items():
-        if name not in read and data[name] != neutral:
+        if data[name] != neutral:
             why = f"has no use here, where every point draws by its own seed: type {typed(neutral)}"
             refuse(tree, f"fidelity.data.{name}", why)
     try:

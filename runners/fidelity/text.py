@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from conf.schema import fixed, key
 from runners.choices import ExperimentName
 from runners.data.base import DataBundle
-from runners.data.loader import val_batch
 from runners.errors import DataError
 from runners.fidelity.experiment import Measured, Point
+from runners.fidelity.held_out import hold_out
 from runners.fidelity.in_run import InRunValues, Rows, epochs, train, train_scored
 from runners.fidelity.language import (
     ADAMW_METHODS,
@@ -25,7 +25,6 @@ from runners.fidelity.language import (
     check_rate,
     corpus,
     language_model,
-    on_device,
     rows_of,
     token_loss,
     tokens_of,
@@ -140,11 +139,11 @@ class Trial:
     def __init__(
         self, settings: TextConfig, device: torch.device, data: DataBundle, planted: Planted, seed: int
     ) -> None:
-        assert data.test is not None
         self.planted = planted
         self._settings, self._device, self._data, self._seed = settings, device, data, seed
-        self._val = on_device(val_batch(data.val), device)
-        self._test = on_device(val_batch(data.test), device)
+        held = hold_out(data, settings.val_samples, settings.test_samples, seed)
+        self._val = rows_of(held.all_val, width(settings), device)
+        self._test = rows_of(held.all_test, width(settings), device)
         self._together = planted.groups[: len(planted.groups) // 2]
 
     def with_sgd(self) -> Found:

@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 
 
 def experiment(*overrides: str) -> Domains:
-    settings = composed(DomainsConfig, "domains", *TINY_LANGUAGE, "data.val_samples=6", *overrides)
+    held_out = ["data.val_samples=24", "val_samples=6"]
+    settings = composed(DomainsConfig, "domains", *TINY_LANGUAGE, *held_out, *overrides)
     return Domains(settings, CPU)
 
 
@@ -42,7 +43,7 @@ def test_points_are_seeds() -> None:
 
 
 def test_phases_are_one_run(tmp_path: Path) -> None:
-    settings = ["steps=6", "data.train_samples=12", "data.val_samples=3"]
+    settings = ["steps=6", "data.train_samples=12", "val_samples=3"]
     whole, parts = experiment(*settings, "phases=1"), experiment(*settings, "phases=3")
     data = corpus(whole.settings, 0)
     (one,), several = whole.scored(data, 0, {}), parts.scored(data, 0, {})

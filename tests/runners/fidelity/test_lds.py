@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from conf.errors import ConfigError
 from runners.data import build_data
-from runners.fidelity.lds import LDS, LDSConfig, Samples, compared, last_dots, rank_correlations
+from runners.fidelity.lds import (
+    LDS,
+    OF_MEAN,
+    LDSConfig,
+    Samples,
+    compared,
+    last_dots,
+    loss_table,
+    rank_correlations,
+    within_reach,
+)
 from tests.runners.fidelity.conftest import TINY_LDS, composed
 
 CPU = torch.device("cpu")
@@ -97,22 +107,52 @@ def test_correlations_are_scipys() -> None:
 
 def test_sums_that_predict_every_loss_score_one() -> None:
     losses = np.random.default_rng(1).normal(size=(4, 9, 3))
-    metrics, single = compared({"perfect": -losses.mean(0), "reversed": losses.mean(0)}, losses)
-    assert metrics["lds/perfect"] == pytest.approx(1)
+    metrics, single = compared({"known": -losses.mean(0), "reversed": losses.mean(0)}, losses)
+    assert metrics["lds/known"] == pytest.approx(1)
     assert metrics["lds_of_mean/reversed"] == pytest.approx(-1)
     expected = [spearmanr(losses[:2, :, j].mean(0), losses[2:, :, j].mean(0)).statistic for j in range(3)]
     np.testing.assert_allclose(single["retrained_half"], expected, atol=1e-12)
 
 
+def test_what_perfect_predictions_would_reach() -> None:
+    """Losses whose expectation is known, with as much noise: predictions by it correlate as foreseen."""
+    draw = np.random.default_rng(2)
+    expected = draw.normal(size=(4000, 6))
+    losses = expected + 1.5 * draw.normal(size=(5, 4000, 6))
+    metrics, _ = compared({"known": -expected}, losses)
+    assert metrics["lds/retrained_half"] < metrics["lds/known"] - 0.1
+    assert metrics["lds/perfect"] == pytest.approx(metrics["lds/known"], abs=0.02)
+    assert metrics["lds_of_mean/perfect"] == pytest.approx(metrics["lds_of_mean/known"], abs=0.02)
+    assert within_reach(-0.1, 2, 5) == 0
+    assert within_reach(1.0, 2, 5) == pytest.approx(1)
+
+
+def test_scores_of_the_mean_loss_stand_for_sums_of_scores() -> None:
+    losses = np.random.default_rng(1).normal(size=(4, 9, 3))
+    of_mean = -losses.mean(0).sum(1, keepdims=True)
+    metrics, single = compared({"a": losses.mean(0), f"a{OF_MEAN}": of_mean}, losses)
+    assert metrics["lds/a"] == pytest.approx(-1)
+    assert metrics["lds_of_mean/a"] == pytest.approx(1)
+    assert set(single) == {"a", "retrained_half", "perfect"}
+
+
+def test_every_trainings_losses_are_kept() -> None:
+    losses = torch.rand(2, 3, 4, dtype=torch.float64)
+    table = loss_table(losses)
+    rows = zip(table["retraining"], table["subset"], table["sample"], strict=True)
+    assert [losses[place].item() for place in rows] == table["loss"]
+    assert len(table["loss"]) == 24
+
+
 def test_a_point_is_measured_the_same_again(settings: LDSConfig, tmp_path: Path) -> None:
     experiment = LDS(settings, CPU)
     point = experiment.points()[1]
-    assert point.name == "seed1"
+    assert point.name == "seed2"
     first = experiment.measure(point, tmp_path)
     assert first == experiment.measure(point, tmp_path)
     methods = {
         "first_order", "second_order", "exact_dots", "projected_dots", "projected_cosine", "random",
-        "retrained_half",
+        "retrained_half", "perfect",
     }  # fmt: skip
     assert set(first.metrics) == {
         f"{measure}/{name}" for measure in ("lds", "lds_of_mean") for name in methods

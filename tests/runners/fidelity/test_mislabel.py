@@ -21,7 +21,7 @@ METHODS = {
 
 def experiment(*overrides: str) -> Mislabel:
     return Mislabel(
-        composed(MislabelConfig, "mislabel", "images=[digits]", "image_lr=[0.1]", *overrides), CPU
+        composed(MislabelConfig, "mislabel", "images=[digits]", "texts=[]", "image_lr=[0.1]", *overrides), CPU
     )
 
 
@@ -31,7 +31,7 @@ def test_points_are_data_sets_and_seeds() -> None:
 
 
 def test_a_point_measures_every_method_and_comes_out_the_same_again(tmp_path: Path) -> None:
-    made = experiment("hidden=[16]", "epochs=2")
+    made = experiment("hidden=[16]", "image_epochs=2")
     point = Point.at(data="digits", lr=0.1, seed=1)
     measured = made.measure(point, tmp_path)
     for measure in ("auroc", "auroc_within_label"):
@@ -46,7 +46,7 @@ def test_a_point_measures_every_method_and_comes_out_the_same_again(tmp_path: Pa
     )
     assert set(measured.tables["suspicions"]) == METHODS | {"wrong"}
     assert measured.facts["left_out"] == "0"
-    again = experiment("hidden=[16]", "epochs=2").measure(point, tmp_path)
+    again = experiment("hidden=[16]", "image_epochs=2").measure(point, tmp_path)
     assert again.metrics == measured.metrics
     assert again.facts == measured.facts
 
@@ -71,8 +71,8 @@ def test_auroc_within_a_label_does_not_see_what_labels_differ_in() -> None:
         ("image_lr=[]", r"fidelity\.image_lr=\[\] must name rates above 0"),
         ("text_lr=[1,-1]", r"fidelity\.text_lr=\[1\.0,-1\.0\] must name rates above 0"),
         ("hidden=[]", r"fidelity\.hidden=\[\] must name a width"),
-        ("epochs=0", r"fidelity\.epochs=0 is too small"),
-        ("images=[]", r"fidelity\.images=\[\] and fidelity\.ratings=null leave no data"),
+        ("image_epochs=0", r"fidelity\.image_epochs=0 is too small"),
+        ("images=[]", r"fidelity\.images=\[\] and fidelity\.texts=\[\] leave no data"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(override: str, why: str) -> None:
@@ -82,10 +82,12 @@ def test_settings_that_cannot_work_are_refused(override: str, why: str) -> None:
 
 def test_ratings_that_are_not_there_are_refused_before_work_starts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lacks movieReviewSnippets_GroundTruth"):
-        experiment(f"ratings={tmp_path}")
+        experiment("texts=[movies]", f"ratings={tmp_path}")
+    with pytest.raises(ConfigError, match=r"fidelity\.ratings=null names no folder of rated texts"):
+        experiment("texts=[movies]")
 
 
 def test_more_neighbours_than_samples_are_refused(tmp_path: Path) -> None:
-    made = experiment("neighbours=2000", "epochs=1")
+    made = experiment("neighbours=2000", "image_epochs=1")
     with pytest.raises(ConfigError, match=r"fidelity\.neighbours=2000 are more than the 1497 samples"):
         made.measure(Point.at(data="digits", lr=0.1, seed=0), tmp_path)

@@ -27,8 +27,8 @@ from tests.runners.fidelity.composed import TINY_LANGUAGE, composed
 
 CPU = torch.device("cpu")
 TINY = [
-    *TINY_LANGUAGE, "data.val_samples=12", "data.test_samples=6", "kept=4", "steps=4", "budget=40",
-    "eval_every=2", "bad_share=0.2",
+    *TINY_LANGUAGE, "data.val_samples=48", "val_samples=6", "test_samples=6", "kept=4", "steps=4",
+    "budget=40", "eval_every=2", "bad_share=0.2",
 ]  # fmt: skip
 SCORED = 6 + 8  # validation rows and candidates of TINY
 
@@ -83,7 +83,7 @@ def test_points_are_policies_and_seeds() -> None:
         (["budget=0"], r"fidelity\.budget=0 is too small"),
         (["eval_every=3"], r"fidelity\.eval_every=3 does not divide fidelity\.steps=4"),
         (["bad_share=1.5"], r"fidelity\.bad_share=1\.5 is no share"),
-        (["data.test_samples=0"], r"fidelity\.data\.test_samples=0 leaves no test loss"),
+        (["test_samples=0"], r"fidelity\.test_samples=0 is too small"),
         (["data.task=text_classes"], "fidelity=selection takes language samples"),
     ],
 )

@@ -18,7 +18,7 @@ from tests.runners.fidelity.composed import TINY_LANGUAGE, composed
 
 CPU = torch.device("cpu")
 TINY = [
-    *TINY_LANGUAGE, "data.val_samples=12", "data.test_samples=6", "steps=12", "eval_every=4",
+    *TINY_LANGUAGE, "data.val_samples=48", "val_samples=6", "test_samples=6", "steps=12", "eval_every=4",
     "bad_share=0.13", "originals=4",
 ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_points_are_optimizers_and_seeds() -> None:
         (["adamw_lr=-1"], r"fidelity\.adamw_lr=-1\.0 is not above 0"),
         (["bad_share=1.5"], r"fidelity\.bad_share=1\.5 is no share"),
         (["copies=8"], r"fidelity\.copies=8 and an original do not go into one batch: type less than 8"),
-        (["data.test_samples=0"], r"fidelity\.data\.test_samples=0 leaves no test loss"),
+        (["test_samples=0"], r"fidelity\.test_samples=0 is too small"),
         (["data.task=text_classes"], "gives text_classes samples, and fidelity=text takes language samples"),
         (["data.num_workers=2"], r"fidelity\.data\.num_workers=2 has no use here"),
     ],

@@ -125,6 +125,10 @@ class NullTracker:
         """Give the run a description, in Markdown."""
         self._begun().tags[DESCRIPTION] = text
 
+    def add_tags(self, tags: Mapping[str, str]) -> None:
+        """Tag the run with what turned out only after its start; tags of the same names are replaced."""
+        self._begun().tags.update(tags)
+
     def log_artifacts(self, directory: Path) -> None:
         """Copy a directory's files to the run's artifacts, but for checkpoints, stores of projections and,
         unless `tracking.upload_large` asks for them, saved weights.
@@ -260,6 +264,10 @@ class Tracker(NullTracker):
     def describe(self, text: str) -> None:
         super().describe(text)
         self._sending().add("its description", partial(self._running().set_tags, {DESCRIPTION: text}))
+
+    def add_tags(self, tags: Mapping[str, str]) -> None:
+        super().add_tags(tags)
+        self._sending().add("its tags", partial(self._running().set_tags, dict(tags)))
 
     def log_artifacts(self, directory: Path) -> None:
         """Upload a directory's files to the run; with `tracking.upload=false` they stay where they are."""

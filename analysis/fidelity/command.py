@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> list[str]:
     for path, text in texts.items():
         for name in sections(text):
             if name not in found:
-                log.warning("%s: no finished point at committed sizes, so its section stays as it is", name)
+                log.warning("%s: no finished point at committed sizes and seeds, so its section stays", name)
                 continue
             text = with_section(text, name, _lines(name, found[name], path))
             written.append(name)
@@ -74,7 +74,9 @@ def _lines(name: str, found: Found, page: Path) -> list[str]:
     say = log.info if len(found.measurements) == found.planned else log.warning
     say("%s: %s", name, completeness(found))
     if found.left_out:
-        log.warning("%s: %d points of other sizes are left out", name, found.left_out)
+        log.warning("%s: %d points of other sizes or seeds are left out", name, found.left_out)
+    if len(found.commits) > 1:
+        log.warning("%s: its points are of several states of the code: %s", name, ", ".join(found.commits))
     figures = []
     if shown.drawn:
         figures.append(save_svg(draw(rows, shown.drawn), page.with_suffix("") / f"{name}.svg"))

@@ -1,12 +1,14 @@
 """The results sections of the page: between their markers, whatever stands around them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from analysis.errors import AnalysisError
+from analysis.fidelity.differences import differences, leaves_zero_out
 from analysis.fidelity.presentations import Presentation
 from analysis.fidelity.reading import Found
-from analysis.fidelity.summary import SEED, Row, estimate_text, measures
+from analysis.fidelity.summary import SEED, Row, alike, estimate_text, measures
 
 _SECTION = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -41,16 +43,13 @@ def results(
     Args:
         figures: The figures' paths from the page.
     """
-    lines = [completeness(found), ""]
-    methods = [row for row in rows if row.method]
-    places = [row for row in rows if not row.method]
-    if methods:
-        lines += [*table(methods, shown), ""]
-    if places:
-        lines += ["Of the points themselves:", "", *table(places, shown), ""]
+    lines = [completeness(found), "", *_tables([row for row in rows if row.method], shown)]
+    if places := [row for row in rows if not row.method]:
+        lines += ["Of the points themselves:", "", *_tables(places, shown)]
+    lines += _differences(rows, shown)
     for figure in figures:
         lines += [f"![{experiment}: means over seeds with 95 % intervals]({figure})", ""]
-    return [*lines, f"*{'; '.join(found.machines)}.*"]
+    return [*lines, f"*{'; '.join(found.machines)}; code: {', '.join(found.commits)}.*"]
 
 
 def completeness(found: Found) -> str:
@@ -61,8 +60,29 @@ def completeness(found: Found) -> str:
     return f"{there}." if is_whole else f"**Unfinished: {there}.**"
 
 
-def table(rows: Sequence[Row], shown: Presentation) -> list[str]:
-    """Rows as lines of a Markdown table, published figures in brackets."""
+def _tables(rows: Sequence[Row], shown: Presentation) -> list[str]:
+    """A table for all rows that have the same measures, an empty line behind each."""
+    return [line for part in alike(rows) for line in (*table(part, partial(_cell, shown=shown)), "")]
+
+
+def _differences(rows: Sequence[Row], shown: Presentation) -> list[str]:
+    """The table of differences to the reference, an empty line behind it; nothing where there are none."""
+    if shown.reference is None:
+        return []
+    found = differences(rows, shown.reference, shown.compared or shown.drawn)
+    if not found:
+        return []
+    named = ", ".join(f"`{value}`" for value in shown.reference.values())
+    intro = f"Difference to {named} at the same place, paired by seed (bold: the interval leaves 0 out):"
+    return [intro, "", *table(found, _difference), ""]
+
+
+def table(rows: Sequence[Row], cell: Callable[[Row, str], str]) -> list[str]:
+    """Rows as lines of a Markdown table.
+
+    Args:
+        cell: What stands in a row's cell of a measure.
+    """
     coordinates = list(rows[0].coordinates)
     with_methods = any(row.method for row in rows)
     columns = measures(rows)
@@ -74,7 +94,7 @@ def table(rows: Sequence[Row], shown: Presentation) -> list[str]:
     lines = [heading, ["---"] * len(heading)]
     for row in rows:
         named = [f"`{row.method}`"] if with_methods else []
-        lines.append([*row.coordinates.values(), *named, *(_cell(row, name, shown) for name in columns)])
+        lines.append([*row.coordinates.values(), *named, *(cell(row, name) for name in columns)])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
@@ -84,3 +104,11 @@ def _cell(row: Row, measure: str, shown: Presentation) -> str:
         return ""
     published = [one.figure for one in shown.published if one.is_of(row, measure)]
     return estimate_text(estimate) + "".join(f" (published: {figure})" for figure in published)
+
+
+def _difference(row: Row, measure: str) -> str:
+    estimate = row.estimates.get(measure)
+    if estimate is None:
+        return ""
+    text = estimate_text(estimate)
+    return f"**{text}**" if leaves_zero_out(estimate) else text

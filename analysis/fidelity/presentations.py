@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from analysis.fidelity.differences import METHOD
 from analysis.fidelity.summary import Row
 
 
@@ -50,20 +51,27 @@ class Presentation:
 
     Attributes:
         drawn: Measures of its figure; empty: no figure.
+        reference: What the row that others are held against has in the place of their own: a `method`, or a
+            coordinate; None: no differences.
+        compared: Measures of these differences; empty: those of the figure.
         published: Figures beside the measured ones.
         course: Its figure of what happens on the way; None: no such figure.
     """
 
     drawn: tuple[str, ...]
+    reference: Mapping[str, str] | None = None
+    compared: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
     course: Course | None = None
 
 
 _VALUES = ("first_order", "second_order")
+_FIRST_ORDER = {METHOD: "first_order"}
 
 PRESENTATIONS: dict[str, Presentation] = {
     "one_step": Presentation(
         drawn=("spearman",),
+        reference=_FIRST_ORDER,
         published=(
             Published("3e-4", "rmse", _VALUES, {"lr": "0.0003"}),
             Published("0.99", "spearman", _VALUES, {"lr": "0.0006"}),
@@ -72,6 +80,7 @@ PRESENTATIONS: dict[str, Presentation] = {
     ),
     "mislabel": Presentation(
         drawn=("auroc",),
+        reference=_FIRST_ORDER,
         published=(
             Published("0.678", "auroc", ("first_order",)),
             Published("0.680", "auroc", ("second_order",)),
@@ -80,12 +89,18 @@ PRESENTATIONS: dict[str, Presentation] = {
     ),
     "text": Presentation(
         drawn=("bad_in_lowest",),
+        reference=_FIRST_ORDER,
         published=(
             Published("0.16", "negative_share", ("first_order",)),
             Published("0.25", "iterations_saved", ("first_order",)),
         ),
     ),
-    "domains": Presentation(drawn=("own_highest", "own_highest_last")),
-    "lds": Presentation(drawn=("lds", "lds_of_mean")),
-    "selection": Presentation(drawn=(), course=Course("test_loss", (STEP, "rows", "seconds"))),
+    "domains": Presentation(drawn=("own_highest", "own_highest_last"), reference=_FIRST_ORDER),
+    "lds": Presentation(drawn=("lds", "lds_of_mean"), reference=_FIRST_ORDER),
+    "selection": Presentation(
+        drawn=(),
+        reference={"policy": "uniform"},
+        compared=("test_loss", "loss_at_budget"),
+        course=Course("test_loss", (STEP, "rows", "seconds")),
+    ),
 }

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import AnalysisError
-from analysis.fidelity.summary import Measurement
+from analysis.fidelity.plan import planned_seeds
+from analysis.fidelity.summary import SEED, Measurement
 from analysis.fidelity.tags import COMMITTED, COORDINATES, COURSE, EXPERIMENT, PLANNED, POINT, SETTINGS
 from analysis.tracking_store import missing_database, one_line, prepare_mlflow, resolve_uri, without_password
 
@@ -18,22 +19,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PAGE = 1000  # runs a request
+_SHORT = 7  # digits of a commit, as git shows them
 
 
 @dataclass(frozen=True)
 class Found:
-    """The points of one experiment at the sizes that its YAML file has.
+    """The points of one experiment at the sizes and of the seeds that its YAML file has.
 
     Attributes:
         planned: How many points the experiment has.
-        left_out: Finished points of other sizes, or of sizes that were committed earlier.
+        left_out: Finished points of other sizes, of sizes that were committed earlier, or of other seeds.
         machines: Where the points were measured, and with what, in words.
+        commits: Of the code that measured them, in words.
     """
 
     measurements: Sequence[Measurement]
     planned: int
     left_out: int
     machines: Sequence[str]
+    commits: Sequence[str]
 
 
 def read_points(uri: str | None, experiment: str, cwd: Path) -> dict[str, Found]:
@@ -64,7 +68,9 @@ def read_points(uri: str | None, experiment: str, cwd: Path) -> dict[str, Found]
         runs = list(_finished_points(client, known.experiment_id))
         names = dict.fromkeys(run.data.tags[EXPERIMENT] for run in runs)
         found = {
-            name: _of_one([run for run in runs if run.data.tags[EXPERIMENT] == name], client)
+            name: _of_one(
+                [run for run in runs if run.data.tags[EXPERIMENT] == name], planned_seeds(name), client
+            )
             for name in names
         }
     except MlflowException as error:
@@ -87,19 +93,21 @@ def _finished_points(client: "MlflowClient", experiment_id: str) -> Iterator["Tr
             return
 
 
-def _of_one(runs: Sequence["TrackedRun"], client: "MlflowClient") -> Found | None:
-    """The points of one experiment; None where none is at committed sizes."""
-    committed = [run for run in runs if run.data.tags[COMMITTED] == "true"]
+def _of_one(runs: Sequence["TrackedRun"], seeds: Sequence[int], client: "MlflowClient") -> Found | None:
+    """The points of one experiment; None where none is at committed sizes and of these seeds."""
+    planned = [run for run in runs if int(run.data.params[f"point.{SEED}"]) in seeds]
+    committed = [run for run in planned if run.data.tags[COMMITTED] == "true"]
     if not committed:
         return None
     settings = committed[-1].data.tags[SETTINGS]  # sizes that were committed last
-    points = {run.data.tags[POINT]: run for run in runs if run.data.tags[SETTINGS] == settings}
-    left_out = sum(run.data.tags[SETTINGS] != settings for run in runs)
+    own = [run for run in planned if run.data.tags[SETTINGS] == settings]
+    points = {run.data.tags[POINT]: run for run in own}
     return Found(
         [_measurement(run, client) for run in points.values()],
         max(int(run.data.tags[PLANNED]) for run in points.values()),
-        left_out,
+        len(runs) - len(own),
         list(dict.fromkeys(_machine(run.data.tags) for run in points.values())),
+        list(dict.fromkeys(_code(run.data.tags) for run in points.values())),
     )
 
 
@@ -108,7 +116,7 @@ def _measurement(run: "TrackedRun", client: "MlflowClient") -> Measurement:
     courses = [name for name in run.data.metrics if name.startswith(COURSE)]
     return Measurement(
         {name: run.data.params[f"point.{name}"] for name in names},
-        {name: number for name, number in run.data.metrics.items() if name not in courses},
+        {name: number for name, number in sorted(run.data.metrics.items()) if name not in courses},
         {name.removeprefix(COURSE): _by_step(run, name, client) for name in courses},
     )
 
@@ -119,3 +127,8 @@ def _by_step(run: "TrackedRun", metric: str, client: "MlflowClient") -> dict[int
 
 def _machine(tags: Mapping[str, str]) -> str:
     return f"{tags['device']}, torch {tags['version.torch']}"
+
+
+def _code(tags: Mapping[str, str]) -> str:
+    commit = tags["git.commit"][:_SHORT]
+    return f"{commit} (from a changed working tree)" if tags["git.dirty"] == "true" else commit

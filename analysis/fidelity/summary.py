@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from rich.table import Table
 from rich.text import Text
@@ -36,12 +37,14 @@ class Row:
         method: Empty for what is measured of the place itself.
         estimates: By measure.
         seeds: How many points it is the mean of.
+        numbers: What the estimates are of, by measure and seed.
     """
 
     coordinates: Mapping[str, str]
     method: str
     estimates: Mapping[str, Estimate]
     seeds: int
+    numbers: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 def summarise(measurements: Sequence[Measurement]) -> list[Row]:
@@ -59,15 +62,16 @@ def summarise(measurements: Sequence[Measurement]) -> list[Row]:
 
 
 def _rows(coordinates: Mapping[str, str], repetitions: Sequence[Measurement]) -> list[Row]:
-    numbers: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    numbers: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for one in repetitions:
         for name, number in one.metrics.items():
             measure, _, method = name.partition("/")
-            numbers[method][measure].append(number)
+            numbers[method][measure][int(one.coordinates[SEED])] = number
     return [
         Row(
             coordinates, method,
-            {measure: interval_of_mean(found) for measure, found in measures.items()}, len(repetitions),
+            {measure: interval_of_mean(list(found.values())) for measure, found in measures.items()},
+            len(repetitions), measures,
         )
         for method, measures in numbers.items()
     ]  # fmt: skip
@@ -84,6 +88,15 @@ def measures(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(measure for row in rows for measure in row.estimates))
 
 
+def alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows parted so that those of two parts share no measure, parts in the order of their first rows."""
+    parts: list[list[int]] = []
+    for i, row in enumerate(rows):
+        near = [part for part in parts if any(rows[j].estimates.keys() & row.estimates.keys() for j in part)]
+        parts = [*(part for part in parts if part not in near), sorted([*chain(*near), i])]
+    return [[rows[i] for i in part] for part in sorted(parts)]
+
+
 def estimate_text(estimate: Estimate) -> str:
     """`0.98 ± 0.01`: the mean and half of its interval, digits as the half asks for them."""
     if estimate.high is None:
@@ -97,9 +110,11 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def console_tables(title: str, rows: Sequence[Row]) -> list[Table]:
-    """The rows for a terminal: methods, and what is measured of the places themselves."""
-    parts = [[row for row in rows if row.method], [row for row in rows if not row.method]]
-    return [_console_table(title, part) for part in parts if part]
+    """The rows for a terminal: methods, then what is measured of the places themselves, a table for those
+    that have the same measures.
+    """
+    kinds = [[row for row in rows if row.method], [row for row in rows if not row.method]]
+    return [_console_table(title, part) for kind in kinds for part in alike(kind)]
 
 
 def _console_table(title: str, rows: Sequence[Row]) -> Table:

@@ -3,6 +3,7 @@
 python -m runners.fidelity fidelity=one_step jobs=2
 """
 
+import dataclasses
 import logging
 import multiprocessing
 import shlex
@@ -12,17 +13,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from analysis.fidelity.plan import planned_seeds
 from analysis.fidelity.summary import Measurement, console_tables, summarise
 from analysis.fidelity.tags import COMMITTED, COORDINATES, EXPERIMENT, PLANNED, SETTINGS
 from conf.command import Reported, run_command
 from conf.errors import UserError
 from ghost.errors import GhostError
 from runners.environment import PROJECT, git_state
-from runners.fidelity.config import check_fidelity, settings_of
+from runners.fidelity.config import check_fidelity, experiment_of, settings_of
 from runners.fidelity.experiment import Point
 from runners.fidelity.points import Job, finished, measure, measure_apart, prepare_process
 from runners.fidelity.settings import ADDING, ExperimentConfig, deciding, fingerprint
@@ -93,7 +96,7 @@ def _show(
         console.print(table)
     ways = {
         "Directory": str(tracker.output_dir),
-        "Run it again": shlex.join(_typed()),
+        "Run it again": shlex.join([*_typed(), *_typed_folder()]),
         "Tables, figures": "python -m analysis.fidelity",
     }
     print_ways_on(console, ways, tracker.ui_command(), tracker.run_url())
@@ -107,10 +110,16 @@ def _tags(settings: ExperimentConfig, points: Sequence[Point]) -> dict[str, str]
         "git.dirty": str(git.dirty).lower(),
         EXPERIMENT: str(settings.name),
         SETTINGS: fingerprint(settings),
-        PLANNED: str(len(points)),
+        PLANNED: str(planned_points(settings)),
         COORDINATES: ",".join(points[0]),
         COMMITTED: str(at_committed_sizes(HydraConfig.get().overrides.task)).lower(),
     }
+
+
+def planned_points(settings: ExperimentConfig) -> int:
+    """How many points the experiment has with the seeds of its YAML file, whatever seeds were typed."""
+    planned = dataclasses.replace(settings, seeds=planned_seeds(str(settings.name)))
+    return len(experiment_of(planned, torch.device("cpu")).points())
 
 
 def at_committed_sizes(overrides: Sequence[str]) -> bool:
@@ -164,6 +173,11 @@ def _side_by_side(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, di
 def _typed() -> list[str]:
     """The command, without Hydra's own settings."""
     return ["python", "-m", "runners.fidelity", *HydraConfig.get().overrides.task]
+
+
+def _typed_folder() -> list[str]:
+    """The directory as it was typed: the same command goes on only there."""
+    return [text for text in HydraConfig.get().overrides.hydra if text.startswith("hydra.run.dir=")]
 
 
 def _start(cfg: DictConfig, out: Path, tracker: NullTracker, tags: Mapping[str, str]) -> None:

@@ -57,7 +57,8 @@ class Measured:
         metrics: Finite numbers by name, `measure/method`.
         tables: Columns of one length by name, by name of the table: kept as `<table>.parquet` and uploaded.
             No texts and no tokens.
-        facts: What it was measured on, such as `data.fingerprint`: kept beside the numbers.
+        facts: What it was measured on, such as `data.fingerprint`: kept beside the numbers, and tags of the
+            point's MLflow run.
         course: Numbers of the way there, by step and name, the same names at each step: metrics `course/NAME`
             of the point's MLflow run, with their steps.
     """

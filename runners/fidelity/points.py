@@ -101,6 +101,7 @@ def measure(job: Job) -> dict[str, float]:
         tracker.start({**params, "output_dir": str(job.folder)}, tags)
         measured = experiment_of(job.settings, device).measure(job.point, job.folder)
         _write(measured, job.folder)
+        tracker.add_tags(measured.facts)
         tracker.log_metrics(0, measured.metrics)
         for step, numbers in measured.course.items():
             tracker.log_metrics(step, {f"{COURSE}{name}": number for name, number in numbers.items()})

@@ -54,13 +54,15 @@ class Store:
     def add(
         self, name: str, coordinates: Mapping[str, object], metrics: Mapping[str, float], *, planned: int = 4,
         settings: str = "aaa", committed: bool = True, status: str = "FINISHED",
+        commit: str = "0123456789", dirty: bool = False,
         course: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:  # fmt: skip
         tags = {
             "fidelity.experiment": name, "fidelity.point": "-".join(map(str, coordinates.values())),
             "fidelity.settings": settings, "fidelity.planned": str(planned),
             "fidelity.committed": str(committed).lower(), "fidelity.coordinates": ",".join(coordinates),
-            "device": "a processor", "version.torch": "2.13",
+            "device": "a processor", "version.torch": "2.13", "git.commit": commit,
+            "git.dirty": str(dirty).lower(),
         }  # fmt: skip
         run = self.client.create_run(self.experiment, start_time=next(self._clock), tags=tags).info.run_id
         for key, value in coordinates.items():
@@ -99,7 +101,7 @@ def test_results_stand_between_their_markers(store: Store, in_process: Command) 
     assert "4 of 4 points, seeds 0, 1." in text
     assert "| sgd | 0.0006 | `first_order` | 0.905 ± 0.064 (published: 0.99) |" in text
     assert "| sgd | 0.005 | `first_order` | 0.905 ± 0.064 (published: 0.79) |" in text
-    assert "a processor, torch 2.13" in text
+    assert "*a processor, torch 2.13; code: 0123456.*" in text
     assert "![one_step: means over seeds with 95 % intervals](fidelity/one_step.svg)" in text
     assert text.startswith("# Title\n\nBefore.\n\n<!-- results: one_step -->\n")
     assert text.endswith(
@@ -134,6 +136,83 @@ def test_other_sizes_are_left_out_and_a_points_newest_run_counts(
     found = read_points(None, EXPERIMENT, tmp_path)["lds"]
     assert [one.metrics["lds/a"] for one in found.measurements] == [0.3]
     assert (found.planned, found.left_out) == (1, 2)
+
+
+def test_points_of_other_seeds_than_the_files_are_left_out(
+    store: Store, in_process: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 4, 5, 11):
+        store.add("lds", {"seed": seed}, {"lds/a": 0.1 * seed}, planned=5)
+    found = read_points(None, EXPERIMENT, tmp_path)["lds"]
+    assert [one.coordinates["seed"] for one in found.measurements] == ["0", "4"]
+    assert (found.planned, found.left_out) == (5, 2)
+    assert in_process(main) == 0
+    assert "**Unfinished: 2 of 5 points, seeds 0, 4.**" in page()
+    assert "WARNING lds: 2 points of other sizes or seeds are left out" in capfd.readouterr().err
+
+
+def test_points_of_other_seeds_alone_leave_the_page(store: Store, in_process: Command) -> None:
+    store.add("lds", {"seed": 7}, {"lds/a": 0.4})
+    store.add("no_such_experiment", {"seed": 0}, {"lds/a": 0.4})
+    assert in_process(main) == 0
+    assert page() == PAGE
+
+
+def test_every_state_of_the_code_is_named(
+    store: Store, in_process: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    add_steps(store, 1, commit="aaaaaaaaaa")
+    store.add(
+        "one_step",
+        {"optimizer": "sgd", "lr": 3.0, "seed": 1},
+        {"spread": 1.0},
+        commit="bbbbbbbbbb",
+        dirty=True,
+    )
+    assert in_process(main) == 0
+    assert "torch 2.13; code: aaaaaaa, bbbbbbb (from a changed working tree).*" in page()
+    said = capfd.readouterr().err
+    assert "WARNING one_step: its points are of several states of the code: aaaaaaa, bbbbbbb (from" in said
+
+
+def test_differences_to_the_reference_are_paired_by_seed(store: Store, in_process: Command) -> None:
+    """Rows whose own intervals overlap by far differ by the same each time."""
+    for seed, level in enumerate((0.2, 0.5, 0.8)):
+        metrics = {
+            "lds/first_order": level, "lds/b": level + 0.05 + 0.01 * seed, "lds/random": -level,
+            "lds_of_mean/first_order": level, "lds_of_mean/b": level,
+        }  # fmt: skip
+        store.add("lds", {"seed": seed}, metrics, planned=5)
+    assert in_process(main) == 0
+    text = page()
+    assert "Difference to `first_order` at the same place, paired by seed" in text
+    assert "| `b` | **0.060 ± 0.025** | 0 ± 0 |" in text  # Student's 4.303 · 0.01 / √3
+    assert "| `random` | -1.000 ± 1.490 |  |" in text
+
+
+def test_policies_are_held_against_uniform(store: Store, in_process: Command, tmp_path: Path) -> None:
+    path = tmp_path / "docs" / "fidelity.md"
+    path.write_text("<!-- results: selection -->\n<!-- end of results -->\n", encoding="utf-8")
+    for seed in range(2):
+        course = {0: {"test_loss": 5.0, "rows": 0.0, "seconds": 0.0}}
+        for policy, less in (("uniform", 0.0), ("top_k", 0.5)):
+            metrics = {"test_loss": 3.0 + seed - less, "loss_at_budget": 3.0 - less, "kept_share": 0.5}
+            store.add("selection", {"policy": policy, "seed": seed}, metrics, course=course)
+    assert in_process(main) == 0
+    (_, differences) = page().split("Difference to `uniform` at the same place")
+    assert "| policy | test loss | loss at budget |" in differences
+    assert "| top_k | **-0.5 ± 0** | **-0.5 ± 0** |" in differences
+    assert "| uniform |" not in differences
+
+
+def test_rows_with_other_measures_have_a_table_of_their_own(store: Store, in_process: Command) -> None:
+    metrics = {"lds/first_order": 0.3, "for_code/first_order: code samples": 1.0, "lds/random": 0.0}
+    store.add("lds", {"seed": 0}, {**metrics, "spread": 2.0}, planned=5)
+    assert in_process(main) == 0
+    (methods, _) = page().split("Of the points themselves:")
+    (first, second) = methods.split("| method | for code |")
+    assert "| method | lds |\n| --- | --- |\n| `first_order` | 0.3 |\n| `random` | 0 |\n\n" in first
+    assert "| `first_order: code samples` | 1 |" in second
 
 
 def test_without_points_at_committed_sizes_the_page_stays(store: Store, in_process: Command) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from analysis.compare.contrasts import Estimate
-from analysis.fidelity.summary import Measurement, estimate_text, measures, summarise
+from analysis.fidelity.summary import Measurement, alike, console_tables, estimate_text, measures, summarise
 
 
 def at(optimizer: str, lr: str, seed: int, **metrics: float) -> Measurement:
@@ -21,6 +21,18 @@ def test_a_row_is_a_method_at_a_place_and_its_mean_is_over_seeds() -> None:
     # Student's 97.5 % point of one degree of freedom is 12.706; the mean's error is 0.1.
     assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((0.8, -0.4706, 2.0706), abs=1e-4)
     assert (place.method, place.estimates["spread"].mean) == ("", 1.0)
+
+
+def test_rows_keep_the_numbers_of_each_seed() -> None:
+    (row,) = summarise([at("sgd", "1", 3, rmse__a=0.5), at("sgd", "1", 1, rmse__a=0.25)])
+    assert row.numbers == {"rmse": {3: 0.5, 1: 0.25}}
+
+
+def test_rows_are_parted_by_their_measures() -> None:
+    rows = summarise([at("sgd", "1", 0, rmse__a=1.0, x__b=1.0, rmse__c=1.0), at("adamw", "1", 0, x__a=1.0)])
+    parts = [[(row.coordinates["optimizer"], row.method) for row in part] for part in alike(rows)]
+    assert parts == [[("adamw", "a"), ("sgd", "b")], [("sgd", "a"), ("sgd", "c")]]
+    assert len(console_tables("lds", rows)) == 2
 
 
 def test_places_are_in_the_order_of_their_numbers() -> None:

@@ -12,7 +12,7 @@ from conf.command import FAILED, MISTAKE
 from runners.fidelity import command
 from runners.fidelity.experiment import Measured, Point
 from runners.fidelity.lds import LDS
-from tests.runners.fidelity.conftest import TINY_LDS, TINY_STEP
+from tests.runners.fidelity.conftest import TINY_LDS, TINY_STEP, composed
 
 Fidelity = Callable[..., int]
 OUT = "hydra.run.dir=out"
@@ -47,6 +47,7 @@ def test_a_point_leaves_its_numbers_and_is_not_measured_again(
     record = json.loads((folder / "measured.json").read_text())
     assert record["metrics"]["lds/first_order"] == 0.6
     assert record["facts"] == {"data.fingerprint": "abc"}
+    assert json.loads((folder / "tracking.json").read_text())["tags"]["data.fingerprint"] == "abc"
     assert "0.550 ± 0.635" in capsys.readouterr().out  # t-interval of two: 12.7 · 0.05
     assert fidelity(*arguments, "fidelity.seeds=[0,1,2]") == 0
     assert measured == ["seed0", "seed1", "seed2"]
@@ -117,11 +118,12 @@ def test_mlflow_has_a_run_for_the_experiment_and_one_below_it_for_each_point(
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["fidelity.experiment"] == "lds"
         assert run.data.params["fidelity.subsets"] == "100"
+        assert run.data.tags["data.fingerprint"] == "abc"
     assert runs["seed1"].data.params["point.seed"] == "1"
     artifacts = {one.path for one in client.list_artifacts(runs["seed1"].info.run_id)}
     assert {"measured.json", "table.parquet", "on-the-way.txt"} <= artifacts
     points = read_points(None, "ghostrunner-fidelity", tracked_cwd)["lds"]
-    assert (len(points.measurements), points.planned, points.left_out) == (2, 2, 0)
+    assert (len(points.measurements), points.planned, points.left_out) == (2, 5, 0)
     assert points.measurements[1].coordinates == {"seed": "1"}
     assert points.measurements[1].metrics["lds/first_order"] == pytest.approx(0.6)
     # The same command with more seeds belongs to the same experiment's run.
@@ -130,7 +132,7 @@ def test_mlflow_has_a_run_for_the_experiment_and_one_below_it_for_each_point(
     # Other sizes never come to stand on the page.
     assert fidelity("fidelity=lds", "hydra.run.dir=other", "fidelity.lr=0.2", "fidelity.seeds=[0]") == 0
     points = read_points(None, "ghostrunner-fidelity", tracked_cwd)["lds"]
-    assert (len(points.measurements), points.planned, points.left_out) == (3, 3, 1)
+    assert (len(points.measurements), points.planned, points.left_out) == (3, 5, 1)
     with sqlite3.connect(tracked_cwd / "mlflow.db") as store:
         assert store.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)
 
@@ -140,6 +142,22 @@ def test_what_adds_points_leaves_the_committed_sizes() -> None:
     assert command.at_committed_sizes(["fidelity=mislabel", "fidelity.ratings=folder"])
     for override in ("fidelity.lr=0.2", "+fidelity.x=1", "model@fidelity.model=mlp", "~fidelity.lr"):
         assert not command.at_committed_sizes(["fidelity=lds", override]), override
+
+
+def test_the_plan_is_that_of_the_committed_seeds() -> None:
+    assert command.planned_points(composed("fidelity=lds", "fidelity.seeds=[0]")) == 5
+    assert command.planned_points(composed("fidelity=one_step", "fidelity.seeds=[0,1,2,3,4,5,6]")) == 40
+    assert command.planned_points(composed("fidelity=one_step", "fidelity.sgd_lr=[0.1]")) == 20
+
+
+def test_the_closing_line_goes_on_in_the_directory_that_was_typed(
+    fidelity: Fidelity, measured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fidelity=lds", "tracking=none", "fidelity.seeds=[0]"]
+    assert fidelity(*arguments, OUT) == 0
+    assert "fidelity=lds tracking=none 'fidelity.seeds=[0]' hydra.run.dir=out" in capsys.readouterr().out
+    assert fidelity(*arguments) == 0
+    assert "hydra.run.dir" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from runners.validate_data import check_data, data_task
 
 REPETITIONS = "seeds"
 
-ADDING = (REPETITIONS, "ratings", "images", "texts", "optimizers", "policies")
+ADDING = (REPETITIONS, "ratings")
 """Keys that add points and change the numbers of none, and where data lie that others have elsewhere."""
 
 # Keys of `fidelity.data` that every point sets by itself, or has no use for.

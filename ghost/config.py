@@ -1,5 +1,6 @@
 """Settings of the manager, read from any mapping or object."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -88,7 +89,7 @@ class GhostConfig:
         credit: What of a gradient's effect through momentum is credited, with a preconditioner.
         policy: Which of a step's samples its gradient is of, and by what weights, once their scores are
             known: a registered policy's name, a mapping `{"name": …, **settings}`, or a `Policy`; None for
-            the ordinary step. A function of one's own goes to the manager.
+            the ordinary step, or `"none"`. A function of one's own is one, too.
         gram: Give the Gram matrix of each step's samples, `manager.gram`.
         pairwise: Score every pair of a training and a validation sample; scores are then `[B, V]`.
         resolution: What the score shards tell apart: nothing, layers, families, or attention heads.
@@ -217,8 +218,13 @@ class GhostConfig:
         """Whether the parameters' gradients wait for the end of the step, with the samples' factors kept."""
         return self.policy is not None or self.gram
 
+    @property
+    def deferred_by(self) -> str:
+        """The setting for which they wait, as errors name it."""
+        return "gram=True" if self.policy is None else f"policy={self.policy.name!r}"
+
     def _check_deferred(self) -> None:
-        what = "gram=True" if self.policy is None else f"policy={self.policy.name!r}"
+        what = self.deferred_by
         if self.bitwise:
             raise GhostConfigError(
                 f"{what} takes the layers' backward into its own hands: set bitwise=False."
@@ -290,9 +296,20 @@ class GhostConfig:
 
 
 def _attributes(config: Any) -> dict[str, Any]:
-    """Public attributes of a settings object, class defaults included."""
-    names = [name for name in dir(config) if not name.startswith("_")]
-    return {name: value for name in names if not callable(value := getattr(config, name))}
+    """Public attributes of a settings object, class defaults included; its methods are no settings, and of
+    what else can be called those alone are that a setting is named after.
+    """
+    known = {f.name for f in fields(GhostConfig)}
+    found = {name: getattr(config, name) for name in dir(config) if not name.startswith("_")}
+    return {
+        name: value
+        for name, value in found.items()
+        if not callable(value) or (_ALIASES.get(name, name) in known and not _is_method_of(config, value))
+    }
+
+
+def _is_method_of(config: Any, value: Any) -> bool:
+    return inspect.ismethod(value) and (value.__self__ is config or value.__self__ is type(config))
 
 
 def convert(name: str, value: Any) -> Any:

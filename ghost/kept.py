@@ -1,10 +1,12 @@
 """Per-sample gradients that are kept until the end of a step, for what is known only then: inner products
 with further targets, the samples' weights, and their inner products with each other.
 
-What a tap sees in the backward is a layer's per-sample gradients as factors, its inputs and output gradients.
-Keeping them costs their memory and no arithmetic; once a step's whole gradient is known, their inner products
-with any target are one more matrix product a layer, and once its samples' weights are, so is the gradient of
-the batch so weighed.
+What a tap sees in the backward is a layer's per-sample gradients as its rule gives them: mostly as factors,
+its inputs and output gradients. Keeping them costs their memory and no arithmetic; once a step's whole
+gradient is known, their inner products with any target are one more matrix product a layer, and once its
+samples' weights are, so is the gradient of the batch so weighed. A convolution's factors are larger than its
+input: the windows of it that the kernel sees, each in full. A grouped one, and a module without a formula,
+have each sample's whole gradient kept.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,6 +140,10 @@ class Kept:
     def clear(self) -> None:
         """Let go of everything."""
         self._zeros, self._uses = [], []
+
+    def sizes(self) -> list[int]:
+        """The number of each micro-batch's samples."""
+        return [next(iter(zeros.values())).shape[1] for zeros in self._zeros]
 
     def uses(self) -> Iterator[tuple[int, KeptUse]]:
         """Every use with the number of its micro-batch."""

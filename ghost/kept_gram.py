@@ -37,19 +37,19 @@ class _Meeting:
 
 
 @torch.no_grad()
-def gram_of(kept: Kept, sizes: Sequence[int], chunk: int) -> Tensor:
+def gram_of(kept: Kept, chunk: int) -> Tensor:
     """`⟨g_i, g_j⟩` of all samples of all micro-batches, `[B, B]`, over what is scored of the parameters.
 
     A shared parameter has the products of its whole gradient, with all cross terms of its uses.
 
     Args:
-        sizes: Training samples of each micro-batch.
         chunk: Bytes that products of factors hold at once.
 
     Raises:
         UnsupportedModelError: A parameter is scored whole in one layer and in parts in another.
     """
-    samples, gram = sum(sizes), torch.zeros(())
+    sizes, gram = kept.sizes(), torch.zeros(())
+    samples = sum(sizes)
     for uses in _meetings(kept, sizes, Plan(chunk)):
         example = uses[0].gradients.example
         found = example.new_zeros(samples, samples, dtype=accumulation_dtype(example.dtype))

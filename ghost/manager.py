@@ -5,7 +5,7 @@ gradients.
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ class GhostEngineManager:
         in_step = kind.step_wide or bool(self.config.weight_grads)
         self._ranks = ranks_of(model, ddp_info) if in_step else ALONE
         self._ddp = ddp_wrapper(model)
-        self._ddp_hook: RemovableHandle | None = None
+        self._ddp_hooks: list[RemovableHandle] = []
+        self._averaging: bool | None = None  # what the wrapper's forward would do, while a policy forbids it
         self.model = unwrap(model)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.engine: Engine = kind(
@@ -130,13 +131,14 @@ class GhostEngineManager:
         if self.config.defers:
             assert isinstance(self.engine, GradDotProdEngine), "it is the one kind that takes policies"
             self._reweighting = Reweighting(self.engine)
-        self._unaveraged = ExitStack()  # holds DistributedDataParallel back until the weights are known
         if state is not None:
             self.engine.load_state_dict(state["engine"])
         self._log = self._score_log(None if state is None else state["shards"])
         # Where nothing is trained, an optimizer that never steps stands in.
         self._observer = UpdateObserver(
-            optimizer or torch.optim.SGD(self.model.parameters(), lr=0.0), self.model
+            optimizer or torch.optim.SGD(self.model.parameters(), lr=0.0),
+            self.model,
+            self._refuse_early_step,
         )
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._rows = StepRows(self.engine, self.config, self._parameters, self._observer)
@@ -166,6 +168,15 @@ class GhostEngineManager:
                 f"{late} needs the averaged training gradient when the last backward is done, and "
                 "ddp_info={'ddp': True} does not say when a loop averages: give the manager the model in "
                 "DistributedDataParallel."
+            )
+
+    def _refuse_early_step(self) -> None:
+        """While the samples' weights are not known, `.grad` lacks what the optimizer would step on."""
+        if self._reweighting is not None and self._step is not None and not self._complete:
+            raise ProtocolError(
+                f"optimizer.step() came before the end of step {self._step.iteration}, where "
+                f"{self.config.deferred_by} fills .grad: call optimizer.step() after the with-block of the "
+                "last micro-batch, or after prepare_gradients()."
             )
 
     def attach_train_batch(
@@ -212,8 +223,6 @@ class GhostEngineManager:
             )
         self._share = 1.0 / (steps * self._ranks.world_size) if share is None else share
         self.engine.begin(X, Y, self._step is None, self._share)
-        if self._reweighting is not None and self._ddp is not None and self._step is None:
-            self._unaveraged.enter_context(self._ddp.no_sync())
         self._wrapper_called = False
         self._step = self._step or Step(iteration)
         self._step.samples.append(sample)
@@ -308,7 +317,8 @@ class GhostEngineManager:
     @property
     def weights(self) -> Tensor:
         """How often each of the latest step's samples is in `.grad`, `Σ_i w_i g_i`, `[B]` float64: 1 for all
-        in an ordinary step, 0 for what a policy has dropped (`ghost.policies`).
+        in an ordinary step, 0 for what a policy has dropped (`ghost.policies`) and for rows that have no part
+        in the loss.
         """
         if self._step is None or self._step.weights is None:
             raise ProtocolError(
@@ -463,9 +473,8 @@ class GhostEngineManager:
             )  # fmt: skip
             self._step = None
         self.engine.detach()
-        self._unaveraged.close()
-        if self._ddp_hook is not None:
-            self._ddp_hook.remove()
+        for hook in self._ddp_hooks:
+            hook.remove()
         self.is_active = False
 
     def reattach_after_evaluation(self) -> None:
@@ -474,7 +483,10 @@ class GhostEngineManager:
             raise ProtocolError("the manager has been cleaned up: make a new one.")
         self.engine.attach()
         if self._ddp is not None and not self.is_active:
-            self._ddp_hook = self._ddp.register_forward_pre_hook(self._note_wrapper)
+            self._ddp_hooks = [
+                self._ddp.register_forward_pre_hook(self._note_wrapper),
+                self._ddp.register_forward_hook(self._leave_wrapper, always_call=True),
+            ]
         self.is_active = True
 
     def cleanup(self) -> None:
@@ -493,7 +505,13 @@ class GhostEngineManager:
     def _note_wrapper(self, *_: Any) -> None:
         self._wrapper_called = True
         if self._reweighting is not None and self._micro_batch_open and self._ddp is not None:
-            self._ddp.require_backward_grad_sync = False  # loops set it for a step's last micro-batch
+            # The forward arms the averaging in the backward, which the weights are not known in.
+            self._averaging = self._ddp.require_backward_grad_sync
+            self._ddp.require_backward_grad_sync = False
+
+    def _leave_wrapper(self, *_: Any) -> None:
+        if self._averaging is not None and self._ddp is not None:
+            self._ddp.require_backward_grad_sync, self._averaging = self._averaging, None
 
     def _by_parameter(self) -> LayerScores:
         if self._step is None or not self._step.scores:
@@ -529,7 +547,6 @@ class GhostEngineManager:
         step.rates = self._observer.rates()
         lr = step.rates.tolist()
         by_parameter = {key: lr[group] for key, group in self._observer.groups().items()}
-        self._unaveraged.close()
         if self._reweighting is not None:
             decision = self._reweighting(step, by_parameter)
             step.weights, step.gram = decision.weights, decision.gram
@@ -539,7 +556,6 @@ class GhostEngineManager:
     def _abandon_step(self) -> None:
         """Forget the step in progress; one that is complete stays, to be logged."""
         self.engine.abandon()
-        self._unaveraged.close()
         self._micro_batch_open = False
         if not self._complete:
             self._step = None

@@ -2,6 +2,7 @@
 gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,14 @@ class UpdateObserver:
     Args:
         optimizer: The loop's optimizer.
         model: The model, whose small parameters bear witness.
+        check: Called when the gradients of a step are as the optimizer takes them; it raises where they
+            cannot be.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._optimizer, self._check = optimizer, check
         trained = sorted((p for p in model.parameters() if p.requires_grad), key=nn.Parameter.numel)
         small = [p for p in trained if p.numel() <= _WITNESS_NUMEL][:_WITNESS_COUNT]
         self._witnesses = small or trained[:1]
@@ -94,6 +99,7 @@ class UpdateObserver:
         return (itself, observed, *given[1:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def _observe(self) -> None:
+        self._check()
         if not self._before:
             return
         pairs = [

@@ -55,9 +55,9 @@ class GradDotProdEngine(TappedEngine):
     Attributes:
         kept: What is kept of the step's samples until `finish`: with a policy or the Gram matrix the factors
             of all parameters' gradients, which then are in no `.grad`; with `order=2` those that are scored.
-        reduction: With a policy or the Gram matrix, what the loss is a mean of.
-        masses: With a policy or the Gram matrix, each micro-batch's rows' shares of the step's loss, that of
-            all ranks, `[b]` float64; ones where the loss is a sum.
+        reduction: With a policy, what the loss is a mean of.
+        masses: With a policy, each micro-batch's rows' shares of the step's loss, that of all ranks, `[b]`
+            float64; ones where the loss is a sum.
     """
 
     name = "graddotprod"
@@ -86,17 +86,17 @@ class GradDotProdEngine(TappedEngine):
         self._rule = self._update_rule(optimizer)
         self.kept = Kept()
         self.masses: list[Tensor] = []
-        self.reduction = self._deferred_reduction()
+        self.reduction = self._weighed_reduction()
         self.validation = self._validation(val_data, loss_fn)
         self._moments = self._read_moments()
         self._share: float | Tensor = 1.0
         ranks.refuse_different(self.validation.digest(), "val_data")
 
-    def _deferred_reduction(self) -> LossReduction | None:
+    def _weighed_reduction(self) -> LossReduction | None:
         """What the loss is a mean of, where rows are weighed by it."""
-        if not self.config.defers:
+        if self.config.policy is None:
             return None
-        return self.config.loss_reduction or infer_reduction(self.model, "leave policy and gram out")
+        return self.config.loss_reduction or infer_reduction(self.model, "leave policy out")
 
     def _update_rule(self, optimizer: torch.optim.Optimizer | None) -> UpdateRule | None:
         """What the optimizer makes of a gradient, where scores are about that."""
@@ -251,7 +251,7 @@ class GradDotProdEngine(TappedEngine):
         With factors kept for a policy or `gram=True` alone, and of one process.
         """
         scale = self._loss_scale()
-        found = gram_of(self.kept, [len(part) for part in self.masses], self.config.chunk_mb << 20)
+        found = gram_of(self.kept, self.config.chunk_mb << 20)
         return found if scale is None else found / (scale * scale)
 
     def curvatures(self, rates: Mapping[int, float]) -> list[LayerScores]:

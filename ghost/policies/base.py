@@ -31,6 +31,9 @@ from ghost.errors import GhostConfigError, shown
 class StepSamples:
     """What is known of a step's B samples: those of all its micro-batches, and of all ranks, rank by rank.
 
+    Rows that have no part in the step's loss, all of whose labels are -100, are not among them: no policy
+    chooses them, and their weight is zero.
+
     Attributes:
         scores: `⟨∇L_val, g_i⟩`, `[B]`, or `[B, C]` where there are several validation sets or pairs; all
             finite, in the dtype of `manager.scores`.
@@ -59,10 +62,10 @@ class Policy(ABC):
     """A rule by which a step's samples are weighed.
 
     Attributes:
-        name: What `config.policy` says.
+        name: What `config.policy` says, and errors call it.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "own"
 
     @property
     def needs_gram(self) -> bool:
@@ -101,22 +104,36 @@ class Function(Policy):
         return self.function(samples)
 
 
+NO_POLICY = "none"
+"""What `config.policy` says for the ordinary step, besides None."""
+
 _POLICIES: dict[str, type[Policy]] = {}
 
 
 def register_policy(policy: type[Policy]) -> type[Policy]:
-    """Class decorator: `config.policy` finds the policy by its `name`."""
+    """Class decorator: `config.policy` finds the policy by its `name`.
+
+    Raises:
+        GhostConfigError: It has no name of its own, or that of no policy.
+    """
+    if policy.name in (Policy.name, NO_POLICY):
+        raise GhostConfigError(
+            f"name={policy.name!r} of {policy.__name__} stands for no policy in particular: give the class a "
+            "name that config.policy can say."
+        )
     _POLICIES[policy.name] = policy
     return policy
 
 
-def policy_of(given: Any) -> Policy:
+def policy_of(given: Any) -> Policy | None:
     """The policy that a setting means: a registered name, a mapping `{"name": …, **settings}`, a policy, or a
-    function.
+    function; None for the name `none`.
 
     Raises:
-        GhostConfigError: There is no such policy, or it has no such setting.
+        GhostConfigError: There is no such policy, it has no such setting, or it is a class.
     """
+    if isinstance(given, type):
+        raise GhostConfigError(f"policy={given.__name__} is a class: give an instance, such as TopK(k=0.5).")
     if isinstance(given, Policy):
         return given
     if isinstance(given, str):
@@ -131,16 +148,17 @@ def policy_of(given: Any) -> Policy:
     )
 
 
-def _named(name: Any, settings: Mapping[str, Any]) -> Policy:
-    if name not in _POLICIES:
-        raise GhostConfigError(f"policy={shown(name)} should be one of {', '.join(sorted(_POLICIES))}.")
-    kind = _POLICIES[name]
+def _named(name: Any, settings: Mapping[str, Any]) -> Policy | None:
+    kind = None if name == NO_POLICY else _POLICIES.get(name)
+    if kind is None and name != NO_POLICY:
+        names = ", ".join(sorted({*_POLICIES, NO_POLICY}))
+        raise GhostConfigError(f"policy={shown(name)} should be one of {names}.")
     known: list[str] = [f.name for f in fields(kind)] if is_dataclass(kind) else []
     if unknown := sorted(set(settings) - set(known)):
         raise GhostConfigError(
             f"policy={name!r} has no setting {unknown[0]!r}: it has {', '.join(known) or 'none'}."
         )
-    return kind(**settings)
+    return None if kind is None else kind(**settings)
 
 
 def check_count(policy: str, k: Any) -> None:

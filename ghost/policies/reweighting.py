@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -48,10 +48,11 @@ class Reweighting:
         self._policy = engine.config.policy
         self._wants_gram = self._config.gram or (self._policy is not None and self._policy.needs_gram)
         self._trained = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
+        self._has_skipped = False
         self._refuse()
 
     def _refuse(self) -> None:
-        what = "gram=True" if self._policy is None else f"policy={self._policy.name!r}"
+        what = self._config.deferred_by
         if is_sharded(self._engine.model):
             raise GhostConfigError(
                 f"{what} forms each parameter's gradient at the end of the step, where fully_shard (FSDP2) "
@@ -103,7 +104,7 @@ class Reweighting:
     def _samples(
         self, policy: Policy, step: Step, rates: Mapping[int, float], gram: Tensor | None
     ) -> tuple[StepSamples, Tensor, slice]:
-        """What the policy is told, all samples' shares of the loss `[B]`, and which are this rank's."""
+        """What is known of all samples, their shares of the loss `[B]`, and which are this rank's."""
         own = {
             "scores": _totals(step.scores), "indices": step.sample(), "masses": torch.cat(self._engine.masses)
         }  # fmt: skip
@@ -128,10 +129,17 @@ class Reweighting:
         return _totals(found)
 
     def _weights(self, policy: Policy, samples: StepSamples, masses: Tensor) -> Tensor | None:
-        """w of all samples, `[B]` float64; None where nothing is left of the batch."""
-        given = policy.weigh(samples)
-        _check(policy, given, len(masses))
-        weights = given.detach().to(masses)
+        """w of all samples, `[B]` float64; None where nothing is left of the batch.
+
+        The policy is told of those alone that have a part in the loss: a row without a label that counts has
+        a score of zero, which would take the place of a sample with less.
+        """
+        counted = masses != 0
+        weights = torch.zeros_like(masses)
+        if bool(counted.any()):
+            given = policy.weigh(_only(samples, counted))
+            _check(policy, given, int(counted.sum()))
+            weights[counted] = given.detach().to(masses)
         self._ranks.refuse_other_weights(weights)
         left = (weights * masses).sum()
         if not bool(left > 0):
@@ -146,7 +154,10 @@ class Reweighting:
                 f"policy {policy.name!r} kept no sample of step {iteration}, and a GradScaler takes no "
                 "step without gradients: train in bfloat16 or float32, or use a policy that keeps one."
             )
-        log.info(
+        level = logging.INFO if self._has_skipped else logging.WARNING
+        self._has_skipped = True
+        log.log(
+            level,
             "step %d: policy %s kept no sample, so the batch adds nothing to .grad and is credited nothing.",
             iteration, policy.name,
         )  # fmt: skip
@@ -161,7 +172,7 @@ class Reweighting:
         params = list(self._trained.values())
         for p, total in zip(params, self._averaged(params, sums), strict=True):
             if total is not None:
-                p.grad = total if p.grad is None else p.grad.add_(total)  # where the loop keeps it
+                p.grad = _laid_out_as(p, total) if p.grad is None else p.grad.add_(total)  # where it is kept
 
     def _averaged(self, params: Sequence[nn.Parameter], sums: Mapping[int, Tensor]) -> list[Tensor | None]:
         """The sums, averaged over ranks as DistributedDataParallel averages gradients: in one go for each
@@ -185,6 +196,13 @@ class Reweighting:
         return [found.get(id(p)) for p in params]
 
 
+def _laid_out_as(p: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the parameter's strides, as autograd leaves it: fused optimizers walk through both by
+    their place in memory.
+    """
+    return gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
+
+
 def _check(policy: Policy, weights: object, samples: int) -> None:
     """Raise `ProtocolError` unless a policy gave weights `[samples]`, finite and not negative."""
     if not isinstance(weights, Tensor) or weights.shape != (samples,):
@@ -199,6 +217,21 @@ def _check(policy: Policy, weights: object, samples: int) -> None:
             f"policy {policy.name!r} gave the weight {float(wrong[0])}: weights should be finite and not "
             "negative."
         )
+
+
+def _only(samples: StepSamples, counted: Tensor) -> StepSamples:
+    """What is known of the samples in a mask `[B]`."""
+    if bool(counted.all()):
+        return samples
+    counted = counted.cpu()  # indices are in the host's memory, and a mask from there selects anywhere
+    gram, curvatures = samples.gram, samples.curvatures
+    return replace(
+        samples,
+        scores=samples.scores[counted],
+        indices=samples.indices[counted],
+        gram=None if gram is None else gram[counted][:, counted],
+        curvatures=None if curvatures is None else curvatures[counted],
+    )
 
 
 def _totals(micro_batches: Sequence[Mapping[tuple[str, str], Tensor]]) -> Tensor:

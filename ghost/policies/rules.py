@@ -123,7 +123,8 @@ class Curriculum(Policy):
     """The samples whose rank among the step's scores lies in a window that moves over the steps.
 
     Sample i's quantile is `(r_i + 1/2) / B`, with `r_i` the number of samples below it. At step t the window
-    is `start + min(t / steps, 1) · (end - start)`, bound by bound.
+    is `start + min(t / steps, 1) · (end - start)`, bound by bound. One that falls between two quantiles keeps
+    the sample nearest its middle.
 
     Attributes:
         start, end: Quantiles `(low, high)` that bound the window at step 0, and from step `steps` on; `(0.5,
@@ -165,4 +166,7 @@ class Curriculum(Policy):
         worst_first = best_first(scores).flip(0)
         rank[worst_first] = torch.arange(len(scores), dtype=torch.float64, device=scores.device)
         quantile = (rank + 0.5) / len(scores)
-        return only((quantile >= low) & (quantile <= high), scores)
+        inside = (quantile >= low) & (quantile <= high)
+        if not bool(inside.any()):  # narrower than 1 / B
+            return only((quantile - (low + high) / 2).abs().argmin(), scores)
+        return only(inside, scores)

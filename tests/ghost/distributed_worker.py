@@ -9,6 +9,7 @@ import gc
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,35 @@ def check_policies() -> None:
                 assert_near(manager.curvatures, curvatures.split(sizes)[rank])
             manager.cleanup()
             assert model.require_backward_grad_sync  # a pass of the loop's own is averaged as ever
+    check_policy_in_no_sync()
     check_policy_refusals()
+
+
+def check_policy_in_no_sync() -> None:
+    """A loop holds the averaging back by itself, and has it again afterwards."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    case = Case(MODES["separate"], ddp, k=2)
+    V = torch.arange(2 * LENGTH).view(2, LENGTH) % 7
+    alone, inner = case.model(), case.model()
+    parts = batches(case, world_size)
+    X, Y = (torch.cat([part[i] for part in parts]) for i in range(2))
+    total = int(count(Y, CAUSAL))
+    model = DistributedDataParallel(inner)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {**case.mode, "loss_reduction": CAUSAL, "policy": "all"}
+    manager = GhostEngineManager(config, model, optimizer, val_data=(V, V), loss_fn=causal_loss)
+    with pytest.raises(IndexError), manager.step(X[:2], Y[:2], batch_idx=[0, 1], iteration=0) as step:
+        model(input_ids=step.X + 10**6)
+    assert model.require_backward_grad_sync  # whatever becomes of the forward
+    for m, held in enumerate((model.no_sync(), nullcontext())):
+        own, labels, index = parts[m * world_size + rank]
+        share = int(count(labels, CAUSAL)) / total
+        with held, manager.step(own, labels, batch_idx=index, iteration=0, share=share, last=m == 1) as step:
+            step.backward(causal_loss(model, step.X, step.Y))
+    plain = reference.gradient(alone, causal_loss(alone, X, Y))
+    assert_gradients({name: p.grad for name, p in inner.named_parameters()}, plain)
+    manager.cleanup()
+    assert model.require_backward_grad_sync
 
 
 def check_policy_refusals() -> None:

@@ -2,12 +2,15 @@
 
 import argparse
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ghost import Algebra, GhostConfig, GhostConfigError, LossReduction, Selection, ValMode
+from ghost.policies import Function, StepSamples
 
 
 def test_defaults() -> None:
@@ -57,6 +60,23 @@ def test_objects_and_their_class_defaults() -> None:
     expected = GhostConfig(val_batch_size=2, algebra=Algebra.FUSED, val_mode=ValMode.SEPARATE)
     assert GhostConfig.read(Theirs()) == expected
     assert GhostConfig.read(argparse.Namespace(val_batch_size=2, lr=0.1)).val_batch_size == 2
+
+
+def test_a_function_that_an_object_has_as_a_setting() -> None:
+    class Theirs:
+        def weigh(self, samples: StepSamples) -> Tensor:
+            return samples.totals
+
+        def policy(self, samples: StepSamples) -> Tensor:
+            """A method is no setting."""
+            return samples.totals
+
+    theirs = Theirs()
+    for function in (lambda samples: samples.totals, theirs.weigh, Function(theirs.weigh)):
+        found = GhostConfig.read(SimpleNamespace(policy=function, transform=print)).policy
+        assert isinstance(found, Function)
+        assert function in (found, found.function)
+    assert GhostConfig.read(theirs) == GhostConfig()
 
 
 def test_foreign_names_and_nulls_are_left_alone() -> None:

@@ -199,6 +199,45 @@ def test_the_long_form(mode: str) -> None:
     assert_gradients(grads_of(model), expected)
 
 
+@both_modes
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_gradients_lie_as_their_parameters_do(mode: str, kind: Any) -> None:
+    """Fused optimizers go through a parameter and its gradient by their place in memory."""
+
+    def convolutions() -> nn.Module:
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 2), nn.Flatten(), nn.Linear(45, 4)
+        )
+        return model.double().to(memory_format=torch.channels_last)
+
+    def images(rows: int) -> Rows:
+        return torch.randn(rows, 3, 6, 6, dtype=torch.float64), torch.randint(0, 4, (rows,))
+
+    model, plain, train, val = convolutions(), convolutions(), images(5), images(3)
+    plain.load_state_dict(model.state_dict())
+    assert not model[0].weight.is_contiguous()
+    optimizer, own = (kind(m.parameters(), lr=0.01, fused=True) for m in (model, plain))
+    loop = Loop(model, class_loss, val, {"val_mode": mode, "loss_reduction": BY_SAMPLE}, "all")
+    for iteration in range(3):
+        loop.step(train, iteration=iteration)
+        assert all(p.grad is not None and p.grad.stride() == p.stride() for p in model.parameters())
+        optimizer.step()
+        own.zero_grad()
+        class_loss(plain, *train).backward()
+        own.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_near(p.detach(), q.detach())
+
+
+def test_the_gram_matrix_alone_asks_for_no_reduction() -> None:
+    """It reads what the backward was of, whatever the loss is a mean of."""
+    model, (X, Y), val = mlp(), table(5), table(3)
+    loop = Loop(model, class_loss, val, {"val_mode": "separate", "gram": True}, None)
+    found = loop.step((X[:2], Y[:2]), (X[2:], Y[2:]), shares=(0.4, 0.6))
+    assert_near(loop.manager.gram, products(model, class_loss, (X, Y), BY_SAMPLE))
+    assert_gradients(found, reference.gradient(model, class_loss(model, X, Y)))
+
+
 def test_the_gradient_is_added_to_what_is_there() -> None:
     model, train, val = mlp(), table(5), table(3)
     expected = weighted_mean(model, class_loss, train, BY_SAMPLE)

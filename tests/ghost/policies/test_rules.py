@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ghost import GhostConfig, GhostConfigError
-from ghost.policies import Greedy, Policy, StepSamples, Threshold, TopK, policy_of
+from ghost.policies import Greedy, Policy, StepSamples, Threshold, TopK, policy_of, register_policy
 
 SCORES = (0.3, -0.5, 0.3, 2.0, -1.0)
 
@@ -78,6 +78,19 @@ def test_the_window_moves_over_the_steps(iteration: int, kept: list[float]) -> N
     assert weights(policy, samples(iteration=iteration)) == kept
 
 
+@pytest.mark.parametrize(
+    ("window", "kept"),
+    [
+        ([0.75, 0.8], [1, 0, 0, 0, 0]),  # between .7 and .9
+        ([0.85, 0.89], [0, 0, 0, 1, 0]),
+        ([0.0, 0.05], [0, 0, 0, 0, 1]),
+        ([0.95, 1.0], [0, 0, 0, 1, 0]),
+    ],
+)
+def test_a_narrow_window_keeps_what_is_nearest(window: list[float], kept: list[float]) -> None:
+    assert weights({"name": "curriculum", "start": window, "end": window}) == kept
+
+
 def test_greedy_takes_what_adds_to_what_is_chosen() -> None:
     """Two copies of one sample: the second is passed over for a worse one that is orthogonal to it."""
     scores = [1.0, 1.0, 0.6]
@@ -128,12 +141,35 @@ def test_a_policy_is_given_in_several_ways() -> None:
     assert isinstance(GhostConfig.read({"policy": "all"}).policy, Policy)
 
 
+@pytest.mark.parametrize("policy", ["none", {"name": "none"}, None])
+def test_none_is_no_policy(policy: Any) -> None:
+    assert GhostConfig.read({"policy": policy}).policy is None
+    assert GhostConfig(policy=policy) == GhostConfig()
+
+
+def test_names_that_policies_cannot_have() -> None:
+    class Nameless(Policy):
+        def weigh(self, samples: StepSamples) -> Tensor:
+            return samples.totals
+
+    class Nothing(Nameless):
+        name = "none"
+
+    for policy, name in ((Nameless, "own"), (Nothing, "none")):
+        with pytest.raises(
+            GhostConfigError, match=f"name='{name}' of {policy.__name__} stands for no policy"
+        ):
+            register_policy(policy)
+
+
 @pytest.mark.parametrize(
     ("policy", "match"),
     [
-        ("best", "policy='best' should be one of all, bottom_k, curriculum, greedy"),
+        ("best", "policy='best' should be one of all, bottom_k, curriculum, greedy, none,"),
         ({"k": 3}, "policy=None should be one of"),
         (3, "policy=3 should be a name"),
+        (TopK, r"policy=TopK is a class: give an instance, such as TopK\(k=0.5\)"),
+        ({"name": "none", "k": 3}, "policy='none' has no setting 'k': it has none"),
         ({"name": "top_k", "n": 3}, "policy='top_k' has no setting 'n': it has k"),
         ({"name": "all", "k": 3}, "policy='all' has no setting 'k': it has none"),
         ({"name": "top_k", "k": 0}, "policy='top_k' has k=0"),

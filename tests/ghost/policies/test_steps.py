@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ghost import GhostConfigError, GhostEngineManager, LossReduction, ProtocolError, UnsupportedModelError
 from ghost import verify as verify_engine
-from ghost.policies import StepSamples
+from ghost.policies import Policy, StepSamples, policy_of
 from ghost.values import accumulate, read_shards, row_values
 from tests.ghost import reference
 from tests.ghost.harness import assert_gradients, assert_near
 from tests.ghost.models import mlp, table, tiny_gpt2
-from tests.ghost.policies.test_gradients import Loop, weighted_mean
-from tests.ghost.reference import causal_loss, class_loss
+from tests.ghost.policies.test_gradients import Loop, gram_of, weighted_mean
+from tests.ghost.reference import Rows, causal_loss, class_loss
 from tests.ghost.test_second_order import text
 
 CAUSAL, BY_SAMPLE = LossReduction.CAUSAL_TOKEN_MEAN, LossReduction.SAMPLE_MEAN
@@ -95,13 +95,15 @@ def test_a_step_that_keeps_no_sample_moves_nothing(tmp_path: Path, caplog: pytes
     before = [p.detach().clone() for p in model.parameters()]
     with caplog.at_level(logging.INFO):
         loop.step(train)
-    assert "step 0: policy threshold kept no sample" in caplog.text
+        loop.step(train, iteration=1)
+    said = [r for r in caplog.records if "policy threshold kept no sample" in r.getMessage()]
+    assert [r.levelno for r in said] == [logging.WARNING, logging.INFO]  # the first of a run
     assert all(p.grad is None for p in model.parameters())
     loop.optimizer.step()
     loop.manager.cleanup()
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     (shard,) = read_shards(tmp_path / "scores")
-    assert row_values(shard).eq(0).all()
+    assert row_values(shard).tolist() == [0.0] * 10
 
 
 def test_a_scaler_needs_a_gradient() -> None:
@@ -171,6 +173,139 @@ def test_nothing_is_kept_after_the_step() -> None:
     assert list(loop.manager.engine.kept.uses()) == []  # type: ignore[attr-defined]
 
 
+def test_no_policy_by_name_is_the_ordinary_step() -> None:
+    model, train = mlp(), table(5)
+    loop = Loop(model, class_loss, table(3), {**CONFIG, "policy": "top_k"}, {"name": "none"})
+    assert loop.manager.config.policy is None
+    assert_gradients(loop.step(train), reference.gradient(model, class_loss(model, *train)))
+
+
+def test_a_policy_without_a_name() -> None:
+    class Half(Policy):
+        def weigh(self, samples: StepSamples) -> Tensor:
+            return torch.ones(4)
+
+    loop = Loop(mlp(), class_loss, table(3), CONFIG, Half())
+    with pytest.raises(ProtocolError, match=r"policy 'own' gave \[4\] for a step of 5 samples"):
+        loop.step(table(5))
+
+
+# --- the optimizer's step -----------------------------------------------------------------------------------
+
+
+def test_an_optimizer_step_before_the_gradient_is_there() -> None:
+    model, (X, Y) = mlp(), table(5)
+    loop = Loop(model, class_loss, table(3), CONFIG, "all")
+    early = r"optimizer\.step\(\) came before the end of step 0, where policy='all' fills \.grad"
+    with loop.manager.step(X, Y, batch_idx=range(5), iteration=0) as step:
+        step.backward(class_loss(model, step.X, step.Y))
+        with pytest.raises(ProtocolError, match=early):
+            loop.optimizer.step()
+    loop.optimizer.step()
+    with loop.manager.step(X[:2], Y[:2], batch_idx=range(2), iteration=1, last=False) as step:
+        step.backward(class_loss(model, step.X, step.Y))
+    with pytest.raises(ProtocolError, match="before the end of step 1"):  # between micro-batches
+        loop.optimizer.step()
+    loop.manager.prepare_gradients()
+    loop.optimizer.step()
+    loop.manager.cleanup()
+
+
+def test_an_optimizer_step_around_the_whole_of_it() -> None:
+    model, (X, Y) = mlp(), table(5)
+    loop = Loop(model, class_loss, table(3), CONFIG, "all")
+    expected = [p.detach() - 0.1 * p.grad for p in _with_gradients(model, (X, Y))]
+    manager = loop.manager
+    manager.attach_train_batch(X, Y, 0, range(5))
+
+    def closure() -> Tensor:
+        loop.optimizer.zero_grad()
+        loss = class_loss(model, *manager.prepare_forward_input(X, Y))
+        loss.backward()
+        manager.prepare_gradients()
+        return loss
+
+    loop.optimizer.step(closure)
+    for p, moved in zip(model.parameters(), expected, strict=True):
+        assert_near(p.detach(), moved)
+
+
+def _with_gradients(model: nn.Module, rows: Rows) -> list[Any]:
+    class_loss(model, *rows).backward()
+    return list(model.parameters())
+
+
+# --- rows that have no part in the loss ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"name": "top_k", "k": 4}, {"name": "top_k", "k": 0.5}, {"name": "bottom_k", "k": 4}, "all",
+        {"name": "greedy", "k": 4}, {"name": "curriculum", "start": [0.6, 1.0], "end": [0.6, 1.0]},
+    ],
+)  # fmt: skip
+def test_rows_without_a_label_are_not_chosen(policy: Any, sign: int) -> None:
+    """Their score of zero is larger than that of a sample that harms."""
+    model, (X, Y), (V, W) = mlp(), table(7), table(3)
+    counted = torch.tensor([True, False, True, True, False, True, True])
+    Y = Y.where(counted, -100)
+    rows = X[counted], Y[counted]
+
+    def loss_fn(model: nn.Module, X: Any, Y: Tensor) -> Tensor:
+        return class_loss(model, X, Y) * (sign if len(Y) == 3 else 1)  # of the validation rows
+
+    scores = sign * reference.scores(model, class_loss, rows, (V, W), BY_SAMPLE)
+    parts = reference.sample_gradients(model, class_loss, *rows, BY_SAMPLE)
+    chosen = policy_of(policy)
+    assert chosen is not None
+    u = chosen.weigh(StepSamples(scores, torch.arange(5), 0, 0.1, gram_of(parts)))
+    loop = Loop(model, loss_fn, (V, W), CONFIG, policy)
+    found = loop.step((X, Y))
+    expected = torch.zeros(7, dtype=torch.float64)
+    expected[counted] = u * 5 / u.sum()
+    assert_near(loop.manager.weights, expected)
+    assert_gradients(found, weighted_mean(model, class_loss, rows, BY_SAMPLE, u.tolist()))
+
+
+def test_a_policy_is_told_of_rows_with_a_label_alone() -> None:
+    model, (X, Y), val = mlp(), table(5), table(3)
+    Y = Y.where(torch.arange(5) != 2, -100)
+    seen: list[StepSamples] = []
+
+    def noted(samples: StepSamples) -> Tensor:
+        seen.append(samples)
+        return torch.ones(4)
+
+    config = {**CONFIG, "order": 2, "gram": True}
+    loop = Loop(model, class_loss, val, config, noted)
+    loop.step((X, Y))
+    counted = [0, 1, 3, 4]
+    assert seen[0].indices.tolist() == counted
+    assert_near(seen[0].scores, loop.manager.scores[counted])
+    assert seen[0].gram is not None
+    assert seen[0].curvatures is not None
+    assert_near(seen[0].gram, loop.manager.gram[counted][:, counted])
+    assert_near(seen[0].curvatures, loop.manager.curvatures[counted])
+    assert loop.manager.weights.tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
+
+
+def test_a_step_without_any_label_asks_no_policy() -> None:
+    def loss_fn(model: nn.Module, X: Any, Y: Tensor) -> Tensor:
+        total = nn.functional.cross_entropy(model(X), Y, reduction="sum")
+        return total / (Y != -100).sum().clamp(min=1)
+
+    def never(samples: StepSamples) -> Tensor:
+        raise AssertionError(samples)
+
+    model, (X, Y) = mlp(), table(5)
+    loop = Loop(model, loss_fn, table(3), CONFIG, never)
+    loop.step((X, torch.full_like(Y, -100)))
+    assert loop.manager.weights.tolist() == [0.0] * 5
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_verify_checks_the_gradients_way_through_the_factors() -> None:
     for mode in ("concat", "separate"):
         config = {"val_mode": mode, "loss_reduction": CAUSAL, "policy": {"name": "top_k", "k": 1}}
@@ -192,7 +327,7 @@ def made(model: nn.Module, config: dict[str, Any]) -> GhostEngineManager:
         ({"preconditioner": "auto"}, "preconditioner='auto' scores the optimizer's step on the whole batch"),
         ({"algebra": "fused"}, "algebra='fused' has no effect with policy='all' and val_mode='separate'"),
         ({"engine": "regular"}, "engine='regular' has no scores by which a step's samples could be weighed"),
-        ({"loss_reduction": None}, "loss_reduction cannot be inferred for Sequential: .* leave policy and"),
+        ({"loss_reduction": None}, "loss_reduction cannot be inferred for Sequential: .* leave policy out"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], match: str) -> None:

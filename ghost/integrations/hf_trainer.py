@@ -22,7 +22,7 @@ from ghost.errors import BatchError, GhostConfigError
 from ghost.integrations.indices import SAMPLE_INDEX, IndexedCollator, IndexedRows
 from ghost.integrations.settings import scoring_settings
 from ghost.integrations.table import write_values
-from ghost.loss import LossReduction, count, infer_reduction
+from ghost.loss import LossReduction, calls_loss_function, count, infer_reduction
 from ghost.manager import GhostEngineManager
 from ghost.scores import save_atomically
 
@@ -40,6 +40,8 @@ STATE_FILE = "ghost.pt"
 """The manager's state, in a checkpoint's folder."""
 
 _LABELS = "labels"
+_MODELS_OWN_LOSS = ("transformers.", "trl.trainer.sft_trainer")
+"""Modules of trainers whose `compute_loss` gives the model's own loss."""
 
 
 class GhostTrainer(Trainer):
@@ -77,6 +79,7 @@ class GhostTrainer(Trainer):
         self._ghost_state: dict[str, Any] | None = None
         self._ghost_reduction = self._ghost_config.loss_reduction or _known_reduction(self.model)
         _refuse_arguments(self, loss_fn)
+        _refuse_unknown_loss(self, self._ghost_config, loss_fn)
         self.add_callback(_StateKeeper(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -133,16 +136,34 @@ class GhostTrainer(Trainer):
         """The factor on a micro-batch's mean loss in the step's, that of all ranks.
 
         Args:
-            items: What the `Trainer` divides the losses of the whole step by; None where it takes the mean of
-                the micro-batches' means.
+            items: What counts in the whole step, where the `Trainer` knows it.
         """
-        ranks = self.accelerator.num_processes
-        if items is None:
-            return 1 / (self.current_gradient_accumulation_steps * ranks)
+        if not self._divided_by_loss(items):
+            return 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+        # Ranks' gradients are averaged, unless the `Trainer` has multiplied each loss by their number.
+        is_of_all = items is not None and self.args.average_tokens_across_devices
+        ranks = 1 if is_of_all else self.accelerator.num_processes
+        if items is None or not self._heeds_items():
+            return 1 / ranks  # a step's loss is the sum of its micro-batches' means
         if self._ghost_reduction is None:  # scores do not depend on the share
             return None
-        whole = items if self.args.average_tokens_across_devices else items * ranks
-        return count(Y, self._ghost_reduction).double() / whole
+        return count(Y, self._ghost_reduction).double() / (items * ranks)
+
+    def _divided_by_loss(self, items: Tensor | int | None) -> bool:
+        """Whether the `Trainer` takes the loss to be divided for the whole step already, and does not divide
+        it by the number of micro-batches: as in its `training_step`.
+        """
+        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # since transformers 5
+        if said is not None:
+            return said
+        return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
+
+    def _heeds_items(self) -> bool:
+        """Whether the loss is divided by what counts in the whole step: that of many models is handed the
+        number, and is the mean over its own rows.
+        """
+        is_own = self.compute_loss_func is not None or _own_compute_loss(self) is not None
+        return is_own or calls_loss_function(self.accelerator.unwrap_model(self.model))
 
     def _new_manager(self, model: nn.Module) -> GhostEngineManager:
         optimizer = self.optimizer
@@ -225,8 +246,6 @@ def _refuse_arguments(trainer: GhostTrainer, loss_fn: LossFn | None) -> None:
     if loss_fn is None and args.label_smoothing_factor != 0:
         smoothing = args.label_smoothing_factor
         message = f"label_smoothing_factor={smoothing} {other_loss}: set it to 0, or give loss_fn."
-    elif loss_fn is None and trainer.compute_loss_func is not None:
-        message = f"compute_loss_func {other_loss}: give loss_fn too."
     elif args.auto_find_batch_size:
         message = (
             "auto_find_batch_size=True starts over when memory runs out, and steps would be scored twice: "
@@ -242,6 +261,30 @@ def _refuse_arguments(trainer: GhostTrainer, loss_fn: LossFn | None) -> None:
         message = f"optim={optim!r} steps inside the backward, before scores are known: choose another."
     if message is not None:
         raise GhostConfigError(message)
+
+
+def _own_compute_loss(trainer: Trainer) -> type | None:
+    """The class that computes the loss in its own way; None where that is the model's own loss."""
+    first = next(kind for kind in type(trainer).__mro__ if "compute_loss" in kind.__dict__)
+    return None if first.__module__.startswith(_MODELS_OWN_LOSS) else first
+
+
+def _refuse_unknown_loss(trainer: GhostTrainer, config: GhostConfig, loss_fn: LossFn | None) -> None:
+    """Raise `GhostConfigError` where training goes by a loss that nobody described."""
+    own = _own_compute_loss(trainer)
+    if trainer.compute_loss_func is None and own is None:
+        return
+    what = "compute_loss_func" if own is None else f"{own.__name__}.compute_loss"
+    if loss_fn is None:
+        raise GhostConfigError(
+            f"{what} changes the training loss, and validation rows would go by the model's own: give "
+            "loss_fn too."
+        )
+    if config.policy is not None and config.loss_reduction is None:
+        raise GhostConfigError(
+            f"loss_reduction=None with {what}: a policy weighs samples by what the loss is a mean of, so set "
+            "it."
+        )
 
 
 def _saved_state(checkpoint: str | bool, output_dir: str | None) -> dict[str, Any] | None:

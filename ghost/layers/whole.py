@@ -158,6 +158,11 @@ class RelativeBiasRule(WholeRule):
 class RecurrentRule(WholeRule):
     """Recurrent layers, whose hidden states are `[layers, b, h]` in and out, with samples second."""
 
+    def context(self) -> AbstractContextManager[None]:
+        # The backward of oneDNN's float32 LSTM wants a workspace that vmap does not carry along.
+        found: AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
+        return found
+
     def rows_first(self, module: nn.Module, call: Call) -> Call:
         args, kwargs = call
         named = {"input": None, "hx": None} | dict(zip(("input", "hx"), args, strict=False)) | kwargs

@@ -120,6 +120,15 @@ def test_recurrence(mode: dict[str, Any], kind: type[nn.RNNBase], settings: dict
     assert_exact(model, mode, sequences(4), sequences(2), class_loss, SAMPLE_MEAN)
 
 
+@each_mode
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrence_in_float32(mode: dict[str, Any], kind: type[nn.RNNBase]) -> None:
+    """oneDNN has an LSTM for it, whose backward knows no vmap."""
+    (X, Y), (X_val, Y_val) = sequences(4), sequences(2)
+    train, val = (X.float(), Y), (X_val.float(), Y_val)
+    assert_exact(Recurrent(kind).float(), mode, train, val, class_loss, SAMPLE_MEAN, rtol=1e-5)
+
+
 class Bare(nn.Module):
     """Parameters outside any layer: a class token, positions, layer scale, and a list of gates."""
 

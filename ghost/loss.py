@@ -67,7 +67,8 @@ def infer_reduction(model: nn.Module, otherwise: str = "use val_mode='separate'"
     Raises:
         GhostConfigError: The class is unknown, or its loss has auxiliary terms that are no mean over labels.
     """
-    model = _with_loss(model)
+    if type(model).__module__.startswith("peft."):  # the adapted model's loss is its base's
+        model = model.get_base_model()  # type: ignore[operator]
     name, config = type(model).__name__, getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         for setting in _AUXILIARY:
@@ -87,22 +88,12 @@ def infer_reduction(model: nn.Module, otherwise: str = "use val_mode='separate'"
 
 
 def _known(model: nn.Module, name: str, config: Any) -> LossReduction | None:
-    if calls_loss_function(model):
+    forward = inspect.unwrap(type(model).forward)
+    if "loss_function" in forward.__code__.co_names:  # the forward calls self.loss_function
         return _BY_LOSS_FUNCTION.get(getattr(model.loss_function, "__name__", ""))
     if name.endswith(_ENCODER_DECODER_ENDING) and getattr(config, "is_encoder_decoder", False):
         return LossReduction.TOKEN_MEAN
     return next((found for ending, found in _BY_CLASS_ENDING.items() if name.endswith(ending)), None)
-
-
-def _with_loss(model: nn.Module) -> nn.Module:
-    """The model itself, or the one that an adapter is around, whose loss is the model's."""
-    return model.get_base_model() if type(model).__module__.startswith("peft.") else model  # type: ignore[operator]
-
-
-def calls_loss_function(model: nn.Module) -> bool:
-    """Whether a Hugging Face model's loss is `self.loss_function`, which can be told what to divide by."""
-    forward = inspect.unwrap(type(_with_loss(model)).forward)
-    return "loss_function" in forward.__code__.co_names
 
 
 def count(labels: Tensor, reduction: LossReduction) -> Tensor:

@@ -7,6 +7,7 @@ own (`val_mode="separate"`), the batch is the user's, and its samples' gradients
 that the `Trainer` runs, divided by whatever number of tokens or micro-batches it divides by.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ghost.errors import BatchError, GhostConfigError
 from ghost.integrations.indices import SAMPLE_INDEX, IndexedCollator, IndexedRows
 from ghost.integrations.settings import scoring_settings
 from ghost.integrations.table import write_values
-from ghost.loss import LossReduction, calls_loss_function, count, infer_reduction
+from ghost.loss import IGNORED_LABEL, LossReduction, count, infer_reduction
 from ghost.manager import GhostEngineManager
 from ghost.scores import save_atomically
 
@@ -40,6 +41,8 @@ STATE_FILE = "ghost.pt"
 """The manager's state, in a checkpoint's folder."""
 
 _LABELS = "labels"
+_ROUNDING = 0.02
+"""Of the ratio of two losses, in half precision."""
 _MODELS_OWN_LOSS = ("transformers.", "trl.trainer.sft_trainer")
 """Modules of trainers whose `compute_loss` gives the model's own loss."""
 
@@ -77,6 +80,7 @@ class GhostTrainer(Trainer):
         self._ghost_val_data, self._ghost_loss_fn = val_data, loss_fn
         self._ghost_kwargs = dict(manager_kwargs or {})
         self._ghost_state: dict[str, Any] | None = None
+        self._ghost_heeds: bool | None = None  # whether the loss is divided by a step's items, once known
         self._ghost_reduction = self._ghost_config.loss_reduction or _known_reduction(self.model)
         _refuse_arguments(self, loss_fn)
         _refuse_unknown_loss(self, self._ghost_config, loss_fn)
@@ -88,7 +92,7 @@ class GhostTrainer(Trainer):
         Raises:
             GhostConfigError: The checkpoint is of a training without scores.
         """
-        self.manager, self._ghost_state = None, None
+        self.manager, self._ghost_state, self._ghost_heeds = None, None, None
         if resume_from_checkpoint:
             self._ghost_state = _saved_state(resume_from_checkpoint, self.args.output_dir)
         try:
@@ -123,8 +127,8 @@ class GhostTrainer(Trainer):
             self.manager = self._new_manager(model)
         X = dict(inputs)
         index, Y = _taken(X, SAMPLE_INDEX), _taken(X, _LABELS)
+        share = self._micro_batch_share(X, Y, num_items_in_batch)
         model.train()  # an evaluation may have come before, and the validation pass is here
-        share = self._micro_batch_share(Y, num_items_in_batch)
         self.manager.attach_train_batch(X, Y, self.state.global_step, index, share)
         X_fwd, Y_fwd = self.manager.prepare_forward_input(X, Y)
         loss = super().training_step(model, {**X_fwd, _LABELS: Y_fwd}, num_items_in_batch)  # type: ignore[dict-item]
@@ -132,21 +136,23 @@ class GhostTrainer(Trainer):
             self.manager.prepare_gradients()
         return loss
 
-    def _micro_batch_share(self, Y: Tensor, items: Tensor | int | None) -> float | Tensor | None:
-        """The factor on a micro-batch's mean loss in the step's, that of all ranks.
+    def _micro_batch_share(
+        self, X: dict[str, Any], Y: Tensor, items: Tensor | int | None
+    ) -> float | Tensor | None:
+        """The factor on a micro-batch's mean loss in the step's, that of all ranks; None where no policy asks.
 
         Args:
             items: What counts in the whole step, where the `Trainer` knows it.
         """
+        if self._ghost_config.policy is None or self._ghost_reduction is None:
+            return None
         if not self._divided_by_loss(items):
             return 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
         # Ranks' gradients are averaged, unless the `Trainer` has multiplied each loss by their number.
         is_of_all = items is not None and self.args.average_tokens_across_devices
         ranks = 1 if is_of_all else self.accelerator.num_processes
-        if items is None or not self._heeds_items():
+        if items is None or not self._heeds_items(X, Y):
             return 1 / ranks  # a step's loss is the sum of its micro-batches' means
-        if self._ghost_reduction is None:  # scores do not depend on the share
-            return None
         return count(Y, self._ghost_reduction).double() / (items * ranks)
 
     def _divided_by_loss(self, items: Tensor | int | None) -> bool:
@@ -158,12 +164,38 @@ class GhostTrainer(Trainer):
             return said
         return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
 
-    def _heeds_items(self) -> bool:
-        """Whether the loss is divided by what counts in the whole step: that of many models is handed the
-        number, and is the mean over its own rows.
+    def _heeds_items(self, X: dict[str, Any], Y: Tensor) -> bool:
+        """Whether the loss is a sum, divided by what counts in the whole step: that of many models is handed
+        the number, and is the mean over its own rows.
+
+        No signature tells, so the loss is asked with two numbers, once a training. Labels that do not count
+        would leave nothing to compare, and stand as class 0.
+
+        Raises:
+            GhostConfigError: It is neither.
         """
-        is_own = self.compute_loss_func is not None or _own_compute_loss(self) is not None
-        return is_own or calls_loss_function(self.accelerator.unwrap_model(self.model))
+        if self._ghost_heeds is None:
+            batch = self._prepare_inputs({**X, _LABELS: Y.masked_fill(Y == IGNORED_LABEL, 0)})
+            once, twice = (self._loss_by(batch, items) for items in (Y.numel(), 2 * Y.numel()))
+            ratio = twice / once if once else math.nan
+            if min(abs(ratio - 0.5), abs(ratio - 1.0)) > _ROUNDING or math.isnan(ratio):
+                raise GhostConfigError(
+                    f"a policy cannot weigh micro-batches whose loss goes from {once:g} to {twice:g} with "
+                    "twice the num_items_in_batch: it should be a sum divided by it, or a mean without it."
+                )
+            self._ghost_heeds = ratio < 0.75
+        return self._ghost_heeds
+
+    def _loss_by(self, batch: dict[str, Any], items: int) -> float:
+        """The training loss by a number of items, with no trace in the model or the random numbers."""
+        device, model = self.args.device, self.model
+        assert isinstance(model, nn.Module)
+        devices, number = [device] if device.type == "cuda" else [], torch.tensor(items, device=device)
+        model.eval()  # `training_step` puts it back
+        with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, dict(batch), num_items_in_batch=number)
+        assert isinstance(loss, Tensor)
+        return float(loss)
 
     def _new_manager(self, model: nn.Module) -> GhostEngineManager:
         optimizer = self.optimizer

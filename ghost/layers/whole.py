@@ -154,14 +154,26 @@ class RelativeBiasRule(WholeRule):
         return args, {k: None if k == "past_key_values" else v for k, v in kwargs.items()}
 
 
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """oneDNN's LSTM of float32 and bfloat16 on CPUs keeps for its derivative what autograd asks for, and not
+    what `torch.func` does.
+    """
+    before = torch.backends.mkldnn.enabled
+    # A property, for type checkers its descriptor; `flags()` would set, and warn of, more than this.
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 @register_layer(nn.RNN, nn.LSTM, nn.GRU)
 class RecurrentRule(WholeRule):
     """Recurrent layers, whose hidden states are `[layers, b, h]` in and out, with samples second."""
 
     def context(self) -> AbstractContextManager[None]:
-        # The backward of oneDNN's float32 LSTM wants a workspace that vmap does not carry along.
-        found: AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
-        return found
+        return _without_mkldnn()
 
     def rows_first(self, module: nn.Module, call: Call) -> Call:
         args, kwargs = call

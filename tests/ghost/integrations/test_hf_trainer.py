@@ -188,7 +188,7 @@ def test_shares_of_micro_batches_add_up_to_the_step(
     model.accepts_loss_kwargs = counted
     GhostTrainer(
         model=model, args=arguments(tmp_path, gradient_accumulation_steps=3), train_dataset=rows(ROWS),
-        ghost={}, val_data=rows(2),
+        ghost={"policy": "all"}, val_data=rows(2),
     ).train()  # fmt: skip
     assert [len(found) for found in shares.values()] == [3, 2, 3, 2]
     for found in shares.values():

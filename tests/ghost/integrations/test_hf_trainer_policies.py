@@ -15,7 +15,7 @@ from ghost.integrations.hf_trainer import GhostTrainer
 from ghost.policies import StepSamples
 from tests.ghost import reference
 from tests.ghost.harness import assert_near
-from tests.ghost.integrations.hf_trainers import ROWS, arguments, rows
+from tests.ghost.integrations.hf_trainers import ROWS, arguments, rows, stacked
 from tests.ghost.models import VOCABULARY, tiny_gpt2
 
 LR = 0.1
@@ -112,6 +112,25 @@ class Doubled(GhostTrainer):
         return 2 * super().compute_loss(model, inputs, *args, **kwargs)
 
 
+class Odd(GhostTrainer):
+    """A trainer whose loss is neither a mean nor a sum over what counts."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        return loss / num_items_in_batch
+
+
+def test_a_loss_that_is_neither_sum_nor_mean_is_refused(tmp_path: Path) -> None:
+    trainer = Odd(
+        model=gpt2(), args=arguments(tmp_path, **ONE_STEP), train_dataset=rows(ROWS), val_data=rows(2),
+        ghost={"policy": "all", "loss_reduction": "causal_token_mean"}, loss_fn=reference.causal_loss,
+    )  # fmt: skip
+    with pytest.raises(GhostConfigError, match="a policy cannot weigh micro-batches whose loss goes from"):
+        trainer.train()
+
+
 class Renamed(GhostTrainer):
     """A trainer with none."""
 
@@ -138,13 +157,13 @@ def test_a_loss_that_is_computed_otherwise_has_to_be_described(tmp_path: Path) -
 def test_what_a_trainer_says_of_its_loss_is_heeded(tmp_path: Path, said: bool, share: float | None) -> None:
     """`loss_is_scaled_for_ga`: a loss is divided by the number of micro-batches, or by what counts in all."""
     trainer = GhostTrainer(
-        model=gpt2(), args=arguments(tmp_path, **ONE_STEP), train_dataset=rows(ROWS), ghost={},
-        val_data=rows(2), loss_fn=reference.causal_loss,
+        model=gpt2(), args=arguments(tmp_path, **ONE_STEP), train_dataset=rows(ROWS),
+        ghost={"policy": "all"}, val_data=rows(2), loss_fn=reference.causal_loss,
     )  # fmt: skip
     trainer.loss_is_scaled_for_ga = said
     trainer.current_gradient_accumulation_steps = 2
-    Y = torch.stack([row["labels"] for row in rows(4)])
+    (X, Y) = stacked(rows(4))
     counted = float((Y[:, 1:] != -100).sum())
-    found = trainer._micro_batch_share(Y, 40)
+    found = trainer._micro_batch_share(X, Y, 40)
     assert found is not None
     assert float(found) == pytest.approx(counted / 40 if share is None else share)

@@ -139,7 +139,7 @@ class GhostTrainer(Trainer):
     def _micro_batch_share(
         self, X: dict[str, Any], Y: Tensor, items: Tensor | int | None
     ) -> float | Tensor | None:
-        """The factor on a micro-batch's mean loss in the step's, that of all ranks; None where no policy asks.
+        """The factor on a micro-batch's mean loss in the step's, that of all ranks; None without a policy.
 
         Args:
             items: What counts in the whole step, where the `Trainer` knows it.

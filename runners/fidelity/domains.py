@@ -86,7 +86,7 @@ class Domains:
                 metrics[f"{name}_last/{method}"] = number
             for row, own in enumerate(domains):
                 for column, other in enumerate(domains):
-                    metrics[f"for_{other}/{method}, of {own}"] = float(torch.stack(means).sum(0)[row, column])
+                    metrics[f"for_{other}/{method} of {own}"] = float(torch.stack(means).sum(0)[row, column])
             rows += [
                 (method, phase, own, other, float(matrix[row, column]))
                 for phase, matrix in enumerate(means)

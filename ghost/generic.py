@@ -61,7 +61,7 @@ class ModuleCall:
         device, dtype, enabled = self.autocast
         with ExitStack() as stack:
             stack.enter_context(_unchanged(module))
-            stack.enter_context(rule.context())
+            stack.enter_context(rule.context_again())
             stack.enter_context(substituted(module, params))
             stack.enter_context(torch.autocast(device, dtype, enabled))
             return floating(rule.outputs_rows_first(module, self.original(*args, **kwargs)))

@@ -72,6 +72,10 @@ class WholeRule(Rule):
         """Around every run of the module."""
         return nullcontext()
 
+    def context_again(self) -> AbstractContextManager[None]:
+        """Around its second run, in the backward, whose derivatives are taken sample by sample."""
+        return self.context()
+
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
@@ -172,7 +176,7 @@ def _without_mkldnn() -> Iterator[None]:
 class RecurrentRule(WholeRule):
     """Recurrent layers, whose hidden states are `[layers, b, h]` in and out, with samples second."""
 
-    def context(self) -> AbstractContextManager[None]:
+    def context_again(self) -> AbstractContextManager[None]:
         return _without_mkldnn()
 
     def rows_first(self, module: nn.Module, call: Call) -> Call:

@@ -15,6 +15,11 @@ SCORE_ROUNDING, GRADIENT_ROUNDING = 1.0, 3.0
 gradient feels its own rounding in full, an inner product only what of it points along the other gradient.
 """
 
+ROUNDING_ALONE, DIGIT = 4.0, 0.05
+"""Gradients within so many roundings of the whole model's are rounding alone; but not those that move, by
+less than this share, when every weight is off by a rounding: they have a digit that is known.
+"""
+
 HEADER = ("layer", "type", "largest |score|", "error", "relative", "allowed", "gradient error", "verdict")
 
 
@@ -224,15 +229,44 @@ class Verification:
         }
 
 
-def score_deviation(found: Tensor, uses: Sequence[PlainUse], relative: float, eps: float) -> Deviation:
+@dataclass(frozen=True)
+class Norms:
+    """Of scored gradients: the largest `‖g_i‖` of a row, and `‖G‖` of each column."""
+
+    row: float
+    targets: Sequence[float]
+
+    @classmethod
+    def of(cls, uses: Sequence[PlainUse]) -> "Norms":
+        """Those of several uses together."""
+        squares = torch.tensor([use.scored_squares for use in uses], dtype=torch.float64).sum(0)  # [B]
+        targets = torch.tensor([use.target_squares for use in uses], dtype=torch.float64).sum(0)  # [C]
+        return cls(math.sqrt(float(squares.max())), targets.sqrt().tolist())
+
+    def floors(self, whole: "Norms", eps: float) -> list[float]:
+        """What a layer's scores are off by at least, of each column: nothing, unless both of its gradients
+        are about a rounding of the whole model's.
+        """
+        is_rounding = self.row <= ROUNDING_ALONE * eps * whole.row
+        return [
+            eps**2 * whole.row * target if is_rounding and own <= ROUNDING_ALONE * eps * target else 0.0
+            for own, target in zip(self.targets, whole.targets, strict=True)
+        ]
+
+
+def score_deviation(
+    found: Tensor, uses: Sequence[PlainUse], relative: float, eps: float, whole: "Norms | None" = None
+) -> Deviation:
     """The scores `found [B]` or `[B, C]` against those of the uses, summed; of the columns, the worst.
 
     Rounding moves a score by a share of `‖g_i‖ ‖G‖`; the share is measured, on gradients of plain autograd
-    alone, and is no less than the dtype's own.
+    alone, and is no less than the dtype's own. Gradients that are nothing but rounding are off by no share of
+    themselves: each is off by a rounding of what the whole model's backward works with.
 
     Args:
         relative: Allowed error as a share of the largest |score|.
         eps: The dtype's relative rounding.
+        whole: Of all layers together the largest `‖g_i‖`, and `‖G‖` of each column; None where these are all.
     """
     expected = torch.tensor([use.scores for use in uses], dtype=torch.float64).sum(0)  # [B, C]
     squares = torch.tensor([use.scored_squares for use in uses], dtype=torch.float64).sum(0)  # [B]
@@ -241,10 +275,13 @@ def score_deviation(found: Tensor, uses: Sequence[PlainUse], relative: float, ep
     rounding = math.sqrt(sum(use.scored_rounding**2 for use in uses) / total) if total else 0.0
     noise = SCORE_ROUNDING * max(rounding, eps) * math.sqrt(float(squares.max()))
     errors = (found.double().cpu().view_as(expected) - expected).abs()
+    own = Norms(math.sqrt(float(squares.max())), targets.sqrt().tolist())
+    digits_known = 0 < rounding < DIGIT
+    floors = [0.0] * len(own.targets) if whole is None or digits_known else own.floors(whole, eps)
     columns = [
-        Deviation(size, error, relative * size + noise * math.sqrt(target))
-        for size, error, target in zip(
-            expected.abs().amax(0).tolist(), errors.amax(0).tolist(), targets.tolist(), strict=True
+        Deviation(size, error, relative * size + noise * target + floor)
+        for size, error, target, floor in zip(
+            expected.abs().amax(0).tolist(), errors.amax(0).tolist(), own.targets, floors, strict=True
         )
     ]
     return max(columns, key=lambda column: column.severity)
@@ -282,12 +319,12 @@ def layer_checks(
         )
         for key in {id(use.parameter) for use in uses.values()}
     }
-    checks = []
+    whole, checks = Norms.of(list(uses.values())), []
     for name, own in modules.items():
         worst = max(own, key=lambda use: gradients[id(uses[use].parameter)].severity)
         found = None
         if name in scores:
-            found = score_deviation(scores[name], [uses[use] for use in own], relative, eps)
+            found = score_deviation(scores[name], [uses[use] for use in own], relative, eps, whole)
         gradient = gradients[id(uses[worst].parameter)]
         checks.append(LayerCheck(name, kinds[name], found, worst.removeprefix(f"{name}."), gradient))
     return checks

@@ -260,7 +260,8 @@ def test_a_tolerance_of_ones_own() -> None:
         assert a.scores.tolerance - b.scores.tolerance == pytest.approx(1e-4 * a.scores.size, rel=1e-6)
 
 
-def test_scores_that_drown_in_rounding_are_not_called_right() -> None:
+@pytest.mark.parametrize("seed", range(12))
+def test_scores_that_drown_in_rounding_are_called_neither_right_nor_wrong(seed: int) -> None:
     """A layer whose gradient is zero but for rounding."""
 
     class Shifted(nn.Module):
@@ -273,11 +274,13 @@ def test_scores_that_drown_in_rounding_are_not_called_right() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.logits(x) + self.shift(x)
 
+    torch.manual_seed(seed)
     model, (X, Y), (V, W) = Shifted(), table(4), table(3)
     found = ghost.verify(model, SAMPLES, (X.float(), Y), (V.float(), W), class_loss)
     assert found.passed, str(found)
-    assert found.unresolved == ["shift"]
-    assert "too small to tell" in found.table()
+    logits, shift = found.layers
+    assert logits.verdict == "ok"
+    assert shift.verdict in ("too small to tell", "zero on these rows")
 
 
 # --- wrong layers -------------------------------------------------------------------------------------------

@@ -105,32 +105,32 @@ def test_a_point_that_fails_keeps_those_before_it(
 def test_mlflow_has_a_run_for_the_experiment_and_one_below_it_for_each_point(
     tracked_cwd: Path, fidelity: Fidelity, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert fidelity("fidelity=lds", OUT, "fidelity.seeds=[0,1]") == 0
+    assert fidelity("fidelity=lds", OUT, "fidelity.seeds=[1,2]") == 0
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{tracked_cwd / 'mlflow.db'}")
     found = client.search_runs([client.get_experiment_by_name("ghostrunner-fidelity").experiment_id])
     runs = {run.info.run_name: run for run in found}
     parent = runs.pop(next(name for name in runs if not name.startswith("seed")))
-    assert set(runs) == {"seed0", "seed1"}
+    assert set(runs) == {"seed1", "seed2"}
     for run in runs.values():
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["fidelity.experiment"] == "lds"
         assert run.data.params["fidelity.subsets"] == "100"
         assert run.data.tags["data.fingerprint"] == "abc"
-    assert runs["seed1"].data.params["point.seed"] == "1"
-    artifacts = {one.path for one in client.list_artifacts(runs["seed1"].info.run_id)}
+    assert runs["seed2"].data.params["point.seed"] == "2"
+    artifacts = {one.path for one in client.list_artifacts(runs["seed2"].info.run_id)}
     assert {"measured.json", "table.parquet", "on-the-way.txt"} <= artifacts
     points = read_points(None, "ghostrunner-fidelity", tracked_cwd)["lds"]
     assert (len(points.measurements), points.planned, points.left_out) == (2, 5, 0)
-    assert points.measurements[1].coordinates == {"seed": "1"}
-    assert points.measurements[1].metrics["lds/first_order"] == pytest.approx(0.6)
+    assert points.measurements[1].coordinates == {"seed": "2"}
+    assert points.measurements[1].metrics["lds/first_order"] == pytest.approx(0.7)
     # The same command with more seeds belongs to the same experiment's run.
-    assert fidelity("fidelity=lds", OUT, "fidelity.seeds=[0,1,2]") == 0
+    assert fidelity("fidelity=lds", OUT, "fidelity.seeds=[1,2,3]") == 0
     assert len(client.search_runs([parent.info.experiment_id])) == 4
     # Other sizes never come to stand on the page.
-    assert fidelity("fidelity=lds", "hydra.run.dir=other", "fidelity.lr=0.2", "fidelity.seeds=[0]") == 0
+    assert fidelity("fidelity=lds", "hydra.run.dir=other", "fidelity.lr=0.2", "fidelity.seeds=[1]") == 0
     points = read_points(None, "ghostrunner-fidelity", tracked_cwd)["lds"]
     assert (len(points.measurements), points.planned, points.left_out) == (3, 5, 1)
     with sqlite3.connect(tracked_cwd / "mlflow.db") as store:

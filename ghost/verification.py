@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -237,7 +237,7 @@ class Norms:
     targets: Sequence[float]
 
     @classmethod
-    def of(cls, uses: Sequence[PlainUse]) -> "Norms":
+    def of(cls, uses: Sequence[PlainUse]) -> Self:
         """Those of several uses together."""
         squares = torch.tensor([use.scored_squares for use in uses], dtype=torch.float64).sum(0)  # [B]
         targets = torch.tensor([use.target_squares for use in uses], dtype=torch.float64).sum(0)  # [C]
@@ -270,12 +270,10 @@ def score_deviation(
     """
     expected = torch.tensor([use.scores for use in uses], dtype=torch.float64).sum(0)  # [B, C]
     squares = torch.tensor([use.scored_squares for use in uses], dtype=torch.float64).sum(0)  # [B]
-    targets = torch.tensor([use.target_squares for use in uses], dtype=torch.float64).sum(0)  # [C]
-    total = float(squares.sum())
+    own, total = Norms.of(uses), float(squares.sum())
     rounding = math.sqrt(sum(use.scored_rounding**2 for use in uses) / total) if total else 0.0
-    noise = SCORE_ROUNDING * max(rounding, eps) * math.sqrt(float(squares.max()))
+    noise = SCORE_ROUNDING * max(rounding, eps) * own.row
     errors = (found.double().cpu().view_as(expected) - expected).abs()
-    own = Norms(math.sqrt(float(squares.max())), targets.sqrt().tolist())
     digits_known = 0 < rounding < DIGIT
     floors = [0.0] * len(own.targets) if whole is None or digits_known else own.floors(whole, eps)
     columns = [

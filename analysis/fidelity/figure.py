@@ -43,8 +43,7 @@ def draw_course(measurements: Sequence[Measurement], course: Course) -> Figure:
     """
     places: dict[str, list[Mapping[str, Mapping[int, float]]]] = defaultdict(list)
     for one in measurements:
-        named = [text for name, text in one.coordinates.items() if name != SEED]
-        places[" ".join(named)].append(one.course)
+        places[place_name(one)].append(one.course)
     styles = domain_styles(places)
     figure = new_figure(_WIDTH, _HEIGHT * len(course.over))
     panels = figure.subplots(len(course.over), 1, squeeze=False)[:, 0]
@@ -81,9 +80,9 @@ def _line(
     )
 
 
-def place_name(row: Row) -> str:
-    """The row's coordinates in one word: `adamw 0.005`."""
-    return " ".join(row.coordinates.values())
+def place_name(at: Row | Measurement) -> str:
+    """Its coordinates but for the seed in one word: `adamw 0.005`."""
+    return " ".join(text for name, text in at.coordinates.items() if name != SEED)
 
 
 def _by_place(axes: Axes, rows: Sequence[Row], measure: str, places: Sequence[str]) -> None:

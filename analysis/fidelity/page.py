@@ -61,7 +61,7 @@ def completeness(found: Found) -> str:
 
 
 def _tables(rows: Sequence[Row], shown: Presentation) -> list[str]:
-    """A table for all rows that have the same measures, an empty line behind each."""
+    """Tables of the rows, parted as `alike` parts them, an empty line behind each."""
     return [line for part in alike(rows) for line in (*table(part, partial(_cell, shown=shown)), "")]
 
 

@@ -110,8 +110,8 @@ def estimate_text(estimate: Estimate) -> str:
 
 
 def console_tables(title: str, rows: Sequence[Row]) -> list[Table]:
-    """The rows for a terminal: methods, then what is measured of the places themselves, a table for those
-    that have the same measures.
+    """The rows for a terminal: methods, then what is measured of the places themselves, parted as `alike`
+    parts them.
     """
     kinds = [[row for row in rows if row.method], [row for row in rows if not row.method]]
     return [_console_table(title, part) for kind in kinds for part in alike(kind)]

@@ -80,13 +80,14 @@ class Domains:
             means = [mean_values(phase.first_order, data.train.domains, domains) for phase in phases]
             metrics["loss_fall"] = float(torch.stack([phase.loss_fall for phase in phases]).sum())
             metrics[f"sum_of_values/{method}"] = float(whole.sum())
-            for name, number in own_domain(torch.stack(means).sum(0)).items():
+            confusion = torch.stack(means).sum(0)  # [D, D]
+            for name, number in own_domain(confusion).items():
                 metrics[f"{name}/{method}"] = number
             for name, number in own_domain(means[-1]).items():
                 metrics[f"{name}_last/{method}"] = number
             for row, own in enumerate(domains):
                 for column, other in enumerate(domains):
-                    metrics[f"for_{other}/{method} of {own}"] = float(torch.stack(means).sum(0)[row, column])
+                    metrics[f"for_{other}/{method} of {own}"] = float(confusion[row, column])
             rows += [
                 (method, phase, own, other, float(matrix[row, column]))
                 for phase, matrix in enumerate(means)

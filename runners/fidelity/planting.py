@@ -13,7 +13,7 @@ from conf.schema import key
 from runners.errors import DataError
 from runners.fidelity.language import LanguageConfig, check_language
 from runners.fidelity.settings import check_at_least, refuse_setting
-from runners.tokenizer import encode
+from runners.tokenizer import encode, load_tokenizer
 
 KINDS = ("shuffled", "bytes", "repeated")
 PIECE = 4  # tokens that a repeated sample has over and over
@@ -66,6 +66,21 @@ class Planted:
     def all_bad(self) -> list[int]:
         """Positions of every kind."""
         return [i for positions in self.bad.values() for i in positions]
+
+
+def planted_in(
+    tokens: Sequence[Tensor], settings: PlantedConfig, *, originals: int, copies: int, seed: int
+) -> Planted:
+    """`plant` as much as the settings say.
+
+    Raises:
+        DataError: Their share of the samples is none, or the corpus has too few.
+    """
+    bad = round(settings.bad_share * len(tokens) / len(KINDS))
+    if not bad:
+        raise DataError(f"fidelity.bad_share={settings.bad_share} of {len(tokens)} samples is none: raise it")
+    tokenizer = load_tokenizer(settings.data.tokenizer)  # type: ignore[attr-defined]
+    return plant(tokens, tokenizer, bad=bad, originals=originals, copies=copies, seed=seed)
 
 
 def plant(

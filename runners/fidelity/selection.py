@@ -17,7 +17,6 @@ from conf.schema import fixed, key
 from ghost import GhostEngineManager
 from runners.choices import ExperimentName
 from runners.data.base import DataBundle
-from runners.errors import DataError
 from runners.fidelity.experiment import Measured, Point
 from runners.fidelity.held_out import hold_out
 from runners.fidelity.in_run import Rows, epochs
@@ -31,7 +30,7 @@ from runners.fidelity.language import (
     tokens_of,
     width,
 )
-from runners.fidelity.planting import KINDS, Planted, PlantedConfig, check_planted, plant
+from runners.fidelity.planting import Planted, PlantedConfig, check_planted, planted_in
 from runners.fidelity.selection_course import (
     Checkpoint,
     Tally,
@@ -42,7 +41,6 @@ from runners.fidelity.selection_course import (
     scored_rows,
 )
 from runners.fidelity.settings import check_at_least, refuse_setting
-from runners.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +101,8 @@ class Selection:
         """
         data = corpus(self.settings, point.seed)
         log.info("%s", data.description)
-        trial = SelectionTrial(self.settings, self.device, data, self._planted(data, point.seed), point.seed)
+        planted = planted_in(tokens_of(data.train), self.settings, originals=0, copies=0, seed=point.seed)
+        trial = SelectionTrial(self.settings, self.device, data, planted, point.seed)
         course, shares = trial.run(str(point["policy"]))
         check_finite(course)
         at_steps = next(one for one in course if one.step == self.settings.steps)
@@ -115,17 +114,6 @@ class Selection:
             **shares,
         }
         return Measured(metrics, {}, {"data.fingerprint": data.fingerprint}, by_step(course))
-
-    def _planted(self, data: DataBundle, seed: int) -> Planted:
-        """The training samples with corrupted ones among them."""
-        tokens = tokens_of(data.train)
-        bad = round(self.settings.bad_share * len(tokens) / len(KINDS))
-        if not bad:
-            raise DataError(
-                f"fidelity.bad_share={self.settings.bad_share} of {len(tokens)} samples is none: raise it"
-            )
-        tokenizer = load_tokenizer(self.settings.data.tokenizer)  # type: ignore[attr-defined]
-        return plant(tokens, tokenizer, bad=bad, originals=0, copies=0, seed=seed)
 
 
 class SelectionTrial:

@@ -20,7 +20,7 @@ from runners.validate_data import check_data, data_task
 REPETITIONS = "seeds"
 
 ADDING = (REPETITIONS, "ratings")
-"""Keys that add points and change the numbers of none, and where data lie that others have elsewhere."""
+"""Keys that add points and change the numbers of none: seeds, and where data lie that others have."""
 
 # Keys of `fidelity.data` that every point sets by itself, or has no use for.
 _IDLE = {"seed": 0, "shuffle": True, "num_workers": 0, "test_samples": 0}

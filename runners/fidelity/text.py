@@ -30,7 +30,7 @@ from runners.fidelity.language import (
     tokens_of,
     width,
 )
-from runners.fidelity.planting import KINDS, Planted, PlantedConfig, check_planted, plant
+from runners.fidelity.planting import Planted, PlantedConfig, check_planted, planted_in
 from runners.fidelity.settings import check_at_least, refuse_setting
 from runners.fidelity.text_measures import (
     ALL,
@@ -42,7 +42,6 @@ from runners.fidelity.text_measures import (
     value_of_copies,
     value_table,
 )
-from runners.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -92,16 +91,9 @@ class Text:
         """Plant, train with values, look at what was planted; with AdamW train again without negatives."""
         data = corpus(self.settings, point.seed)
         log.info("%s", data.description)
-        tokens = tokens_of(data.train)
-        bad = round(self.settings.bad_share * len(tokens) / len(KINDS))
-        if not bad:
-            raise DataError(
-                f"fidelity.bad_share={self.settings.bad_share} of {len(tokens)} samples is none: raise it"
-            )
-        tokenizer = load_tokenizer(self.settings.data.tokenizer)  # type: ignore[attr-defined]
-        planted = plant(
-            tokens, tokenizer, bad=bad, originals=self.settings.originals, copies=self.settings.copies,
-            seed=point.seed,
+        planted = planted_in(
+            tokens_of(data.train), self.settings, originals=self.settings.originals,
+            copies=self.settings.copies, seed=point.seed,
         )  # fmt: skip
         trial = Trial(self.settings, self.device, data, planted, point.seed)
         found = trial.with_sgd() if point["optimizer"] == "sgd" else trial.with_adamw()

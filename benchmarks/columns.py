@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Ratio, interleave, report
+from benchmarks.common import Ratio, interleave, keep_freed_memory, report
 from benchmarks.step_overhead import Shape, training
 from benchmarks.steps import Step, attached_step, plain_step
 from ghost import GhostEngineManager
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    keep_freed_memory()
     rows = []
     for shape in SHAPES:
         times = interleave(steps(shape), args.rounds)

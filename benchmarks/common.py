@@ -1,5 +1,6 @@
 """What all benchmarks share: interleaved timing, quartiles of paired ratios, a table, and JSON beside it."""
 
+import ctypes
 import json
 import platform
 import statistics
@@ -15,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h's names for mallopt
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,19 @@ class Ratio:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed in this process from here on; other systems' allocators stay as they are.
+
+    It returns large blocks to the kernel and faults them in again at each step, which takes up to half of a
+    step and falls on one side of a pair or the other by chance. The same as `MALLOC_MMAP_MAX_=0
+    MALLOC_TRIM_THRESHOLD_=20000000000` in the environment.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
 def timed(call: Callable[[], object]) -> float:
     """Seconds that the call takes, device work included."""
     if torch.cuda.is_available():
@@ -52,7 +68,8 @@ def timed(call: Callable[[], object]) -> float:
 def interleave(
     calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, settle: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each call, in `rounds` rounds of one call each; the order turns from round to round.
+    """Seconds of each call, in `rounds` rounds of one call each. What comes first, and what after what, turns
+    from round to round.
 
     Args:
         settle: Seconds between two calls. Threads of one library's pool keep a core busy for a while after a
@@ -61,7 +78,8 @@ def interleave(
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(-warmup, rounds):
-        for name in names if r % 2 == 0 else reversed(names):
+        turned = names[r // 2 % len(names) :] + names[: r // 2 % len(names)]
+        for name in turned if r % 2 == 0 else reversed(turned):
             time.sleep(settle)
             seconds = timed(calls[name])
             if r >= 0:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Ratio, interleave, report
+from benchmarks.common import Ratio, interleave, keep_freed_memory, report
 from benchmarks.second_order import Shape, training
 from benchmarks.steps import Step, attached_step, plain_step
 from ghost import GhostEngineManager
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes to measure")
     parser.add_argument("--vocabulary", type=int, default=50257)
     args = parser.parse_args()
+    keep_freed_memory()
     rows = []
     for shape in SHAPES[: args.shapes]:
         for mode in MODES:

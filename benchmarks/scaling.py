@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.common import Ratio, interleave, report
+from benchmarks.common import Ratio, interleave, keep_freed_memory, report
 from benchmarks.step_overhead import gpt2
 from benchmarks.steps import Step, plain_step, scored_step
 from ghost import GhostEngineManager
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--values", type=int, default=4, help="how many values of each size to measure")
     args = parser.parse_args()
+    keep_freed_memory()
     rows = []
     for size in sizes(args.values):
         times = interleave(steps(size), args.rounds)

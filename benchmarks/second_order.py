@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2LMHeadModel
 
-from benchmarks.common import Ratio, interleave, report
+from benchmarks.common import Ratio, interleave, keep_freed_memory, report
 from benchmarks.step_overhead import gpt2
 from benchmarks.steps import Step, attached_step, plain_step
 from ghost import GhostEngineManager
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes to measure")
     parser.add_argument("--vocabulary", type=int, default=50257)
     args = parser.parse_args()
+    keep_freed_memory()
     rows = []
     for shape in SHAPES[: args.shapes]:
         times = interleave(steps(shape, args.vocabulary), args.rounds)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import Ratio, interleave, report
+from benchmarks.common import Ratio, interleave, keep_freed_memory, report
 from benchmarks.steps import Step, attached_step, plain_step
 from ghost import GhostEngineManager
 
@@ -89,6 +89,7 @@ def main() -> None:
     if args.peak:
         write_peak(args.peak[0], Shape(**json.loads(args.peak[1])))
         return
+    keep_freed_memory()
     rows = []
     for shape in SHAPES[: args.shapes]:
         times = interleave(steps(shape, args.algebra), args.rounds)

@@ -156,10 +156,10 @@ class Trial:
         return Found(values, without_copies, metrics, curves)
 
     def with_adamw(self) -> Found:
-        """Plain and optimizer-aware values, and what dropping negative ones saves."""
+        """Plain and optimizer-aware values, and what dropping negative ones saves, or the planted ones."""
         values: dict[str, Tensor] = {}
         curves: Curves = {}
-        dropped: dict[str, Tensor] = {}
+        dropped = {"planted": torch.tensor(self.planted.all_bad)}  # what finding all of them would save
         metrics: dict[str, float] = {}
         for method, settings in ADAMW_METHODS.items():
             # The runs train alike, whatever is scored: either one's losses are those of all samples.

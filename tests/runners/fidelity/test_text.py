@@ -137,5 +137,6 @@ def test_adamw_trains_again_without_negative_values(tmp_path: Path) -> None:
         assert 0 <= measured.metrics[f"bad_in_lowest/{method}"] <= 1
         assert f"iterations_saved/{method}" in measured.metrics
         assert f"iterations_saved/random_as_{method}" in measured.metrics
-    assert len(measured.tables["curves"]["loss"]) == 5 * 4
+    assert "iterations_saved/planted" in measured.metrics
+    assert len(measured.tables["curves"]["loss"]) == 6 * 4
     assert experiment().measure(point, tmp_path).metrics == measured.metrics

@@ -125,7 +125,7 @@ class InterpreterData(LanguageData):
     shuffled_domain: InterpreterDomain | None = key(
         "add copies of this domain with their tokens shuffled, as domain NAME-shuffled", None
     )
-    tokenizer: str = key("gpt2, bytes (256 tokens; both bundled) or a local tokenizer folder")
+    tokenizer: str = key("gpt2, bytes (256 tokens; both bundled), a local tokenizer folder, or a hub id")
 
 
 @dataclass
@@ -139,7 +139,7 @@ class TextData(LanguageData):
     id_field: str | None = key("field that holds a stable id; null: file name and row number")
     domain: str | None = key("one domain for all rows; null: from domain_field, else the file's name", None)
     train_samples: int | None = key("samples to train on; null: all", None)
-    tokenizer: str = key("gpt2, bytes (256 tokens; both bundled) or a local tokenizer folder")
+    tokenizer: str = key("gpt2, bytes (256 tokens; both bundled), a local tokenizer folder, or a hub id")
 
 
 @dataclass

@@ -89,7 +89,7 @@ class Codec:
         values = rows.to(self.dtype) if scales is None else _rounded(rows, scales)
         norms = slice_norms(self.decode(values, scales), layout)
         stored = torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64)
-        wider = "leave the sample out, or store another proj_dtype"
+        wider = "leave the sample out, or store rows in another format"
         _refuse(
             ids, ~stored.isfinite(), lambda i: f"has a projected gradient too large for {self.name}", wider
         )

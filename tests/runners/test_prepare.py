@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from conf.errors import ConfigError
 from runners.data.tokenfiles import smallest_dtype
 from runners.errors import DataError
-from runners.prepare import prepare
+from runners.prepare import main, prepare
 from runners.tokenizer import encode, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,6 +122,17 @@ def test_other_sources_and_missing_keys_are_refused(rows_file, tmp_path):
 )
 def test_large_vocabularies_take_four_bytes(vocab_size, dtype):
     assert smallest_dtype(vocab_size) == dtype
+
+
+def test_help_says_what_every_key_means(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["runners.prepare", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    out = capsys.readouterr().out
+    assert "field that holds the text" in out
+    assert "folder to write, new or empty" in out
 
 
 def run_command(*arguments, folder):

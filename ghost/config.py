@@ -234,10 +234,10 @@ class GhostConfig:
                 f"preconditioner={self.preconditioner.value!r} scores the optimizer's step on the whole "
                 f"batch, which is not known where {what} decides: set it to 'none'."
             )
-        if self.algebra in (Algebra.FUSED, Algebra.TOKEN_TOKEN) and self.val_mode is ValMode.SEPARATE:
+        if self.algebra is Algebra.FUSED:
             raise GhostConfigError(
-                f"algebra={self.algebra.value!r} has no effect with {what} and val_mode='separate', where no "
-                "gradient is formed before the samples' weights are known: leave it at 'auto'."
+                f"algebra='fused' has no effect with {what}, where no gradient is formed before the samples' "
+                "weights are known: leave it at 'auto'."
             )
 
     def _check_types(self) -> None:

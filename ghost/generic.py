@@ -22,7 +22,7 @@ from ghost.layers import Layer, WholeRule
 from ghost.layers.whole import substituted
 from ghost.memory import is_out_of_memory
 from ghost.step import StepState, Unit
-from ghost.taps import Tap, wide
+from ghost.taps import Tap, unnarrowed, wide
 
 Leaves = list[Any]
 
@@ -199,5 +199,6 @@ class GenericFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         targets = ctx.tap.fetch(ctx.saved_tensors, grads[0].device)
-        found = ctx.tap.backward(ctx.call.unit, ctx.call.sample_gradients(grads), targets)
+        with unnarrowed(grads[0]):
+            found = ctx.tap.backward(ctx.call.unit, ctx.call.sample_gradients(grads), targets)
         return None, None, None, None, *grads, *found

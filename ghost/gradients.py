@@ -333,8 +333,10 @@ class RowGathers(SampleGradients):
         sample, position = ((self.ids >= rows.start) & (self.ids < rows.stop)).nonzero(as_tuple=True)
         size = rows.stop - rows.start
         place = sample * size + self.ids[sample, position] - rows.start
-        found = self.grad.new_zeros(self.rows * size, self.grad.shape[2])
-        return found.index_add_(0, place, self.grad[sample, position]).view(self.rows, size, -1)
+        shape = self.rows, size, self.grad.shape[2]
+        found = self.grad.new_zeros(shape)
+        found.flatten(0, 1).index_add_(0, place, self.grad[sample, position])
+        return found
 
     def looked_up(self) -> tuple[Tensor, Self]:
         """The rows that were looked up, `[U]`, and the same gradients of a table of these alone."""

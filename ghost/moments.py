@@ -36,7 +36,7 @@ class Moments:
             ProtocolError: There are more micro-batches than were said.
         """
         if first:
-            self._done, self._squares = 0, {}
+            self.release()
         self._done += 1
         if self._done > self._micro_batches:
             raise ProtocolError(
@@ -50,6 +50,10 @@ class Moments:
             numbers, *rest = self._rule.tensors(p)
             found[name] = [torch.cat([numbers, reach]), *rest, *self._so_far(p)]
         return found
+
+    def release(self) -> None:
+        """Let go of what was added up over a step that has ended."""
+        self._done, self._squares = 0, {}
 
     def _so_far(self, p: nn.Parameter) -> list[Tensor]:
         if self._micro_batches == 1:

@@ -56,8 +56,16 @@ class UpdateRule(ABC):
 
     def __init__(self, optimizer: torch.optim.Optimizer, credit: Credit) -> None:
         self._optimizer, self._credit, self.clip = optimizer, credit, 1.0
-        self._refuse(optimizer)
-        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self.read_groups()
+
+    def read_groups(self) -> None:
+        """Take up the optimizer's parameter groups as they are now: `load_state_dict` gives it new ones.
+
+        Raises:
+            GhostConfigError: A setting is not handled.
+        """
+        self._refuse(self._optimizer)
+        self._groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
 
     def note_clip(self, clip: float) -> None:
         """Note a step's clipping coefficient; that of a skipped step says nothing."""

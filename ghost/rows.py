@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class StepRows:
             log.info(
                 "step %d was skipped by the optimizer: its samples are credited nothing.", step.iteration
             )
-            update = SKIPPED
+            update = replace(SKIPPED, lr=SKIPPED.lr.expand_as(self._observer.rates()))
         columns, score, lr = self._columns(together(step.scores), update)
         curvature = None
         if step.curvatures:

@@ -101,6 +101,10 @@ class SecondOrderValidation(SeparateValidation):
         self._graph = None
         super().release()
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._graph = None  # of a step that is given up
+        super().load_state_dict(state)
+
     def _pass_gradients(self, X: Inputs, Y: Tensor, params: list[nn.Parameter]) -> Gradients:
         if not self._is_one_pass:
             return super()._pass_gradients(X, Y, params)

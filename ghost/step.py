@@ -100,13 +100,15 @@ class Ledger:
         """Inner products `[K, b, C]` by layer and parameter name, all cross terms included."""
         found: Probes = {}
         for uses in self._uses.values():
-            columns = zip(*(use.val.columns(use.unit.sizes) for use in uses), strict=True)
-            sums = [sum_of_uses(column) for column in columns]
-            for use in uses:
-                if use.parts:
-                    key = use.layer.name, use.key
-                    dots = part_scores(use.train, sums, use.parts, use.unit)
-                    found[key] = found[key] + dots if key in found else dots
+            device = uses[0].train.example.device.type
+            with torch.autocast(device, enabled=False):  # a step may end inside of an autocast block
+                columns = zip(*(use.val.columns(use.unit.sizes) for use in uses), strict=True)
+                sums = [sum_of_uses(column) for column in columns]
+                for use in uses:
+                    if use.parts:
+                        key = use.layer.name, use.key
+                        dots = part_scores(use.train, sums, use.parts, use.unit)
+                        found[key] = found[key] + dots if key in found else dots
         return found
 
 

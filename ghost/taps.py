@@ -43,6 +43,13 @@ def wide(grad: Tensor) -> Tensor:
     return grad.float() if grad.dtype is torch.float16 else grad
 
 
+def unnarrowed(grad: Tensor) -> torch.autocast:
+    """Context without autocast, which would round inner products of float32 to its dtype: in a backward
+    inside of an autocast block, and in a compiled one, whose graph is traced as its forward's was.
+    """
+    return torch.autocast(grad.device.type, enabled=False)
+
+
 @dataclass(frozen=True)
 class Tap(ABC):
     """What a layer's tap computes. Its tensors are, in this order: parameters (if it gives gradients for
@@ -248,9 +255,7 @@ class ProjectTap(Tap):
         self, unit: Unit, gradients: Mapping[str, SampleGradients], targets: Sequence[Tensor]
     ) -> Grads:
         del targets  # it has none
-        device = next(iter(self.layer.params.values())).device.type
-        with torch.autocast(device, enabled=False):  # a backward inside of an autocast block keeps its digits
-            return [unit.to_rows(self.projectors[key](gradients[key])) for key in self.scored]
+        return [unit.to_rows(self.projectors[key](gradients[key])) for key in self.scored]
 
 
 class TapFunction(Function):
@@ -272,8 +277,9 @@ class TapFunction(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, *targets = ctx.saved_tensors
-        gradients = ctx.tap.sample_gradients(x, grad.reshape(ctx.shape))
-        found = ctx.tap.backward(ctx.unit, gradients, ctx.tap.fetch(targets, grad.device))
+        with unnarrowed(grad):
+            gradients = ctx.tap.sample_gradients(x, grad.reshape(ctx.shape))
+            found = ctx.tap.backward(ctx.unit, gradients, ctx.tap.fetch(targets, grad.device))
         return None, None, grad, None, None, None, *found
 
 
@@ -317,13 +323,14 @@ class TiedTableFunction(Function):
         train, val = RowGathers(ids, grad * real, ctx.num_rows).split(ctx.unit.train)
         tokens = [size * ids.shape[1] for size in ctx.unit.sizes]  # validation tokens of each column
         dots, head_dots = [], []
-        for part, at_val, val_at_train, val_x in zip(
-            val.columns(ctx.unit.sizes), columns.split(tokens, 2), val_columns.split(tokens),
-            val_inputs.split(tokens), strict=True,
-        ):  # fmt: skip
-            head_val_grad = (val_at_train.T @ val_x).view_as(train.grad)  # its rows at the training tokens
-            dots.append(train.dot_compact(*part.compact()) + row_dots(head_val_grad, train.grad))
-            head_dots.append(row_dots(at_val @ part.grad.flatten(0, 1), inputs))
+        with unnarrowed(grad):
+            for part, at_val, val_at_train, val_x in zip(
+                val.columns(ctx.unit.sizes), columns.split(tokens, 2), val_columns.split(tokens),
+                val_inputs.split(tokens), strict=True,
+            ):  # fmt: skip
+                head_val_grad = (val_at_train.T @ val_x).view_as(train.grad)  # at the training tokens
+                dots.append(train.dot_compact(*part.compact()) + row_dots(head_val_grad, train.grad))
+                head_dots.append(row_dots(at_val @ part.grad.flatten(0, 1), inputs))
         found = torch.stack(dots, 1)[None], torch.stack(head_dots, 1)[None]  # [1, b, C] each
         return None, grad, None, None, train.sum(), *found
 
@@ -352,7 +359,8 @@ class TiedHeadFunction(Function):
         train_ids, val_ids = ids[:b].flatten(), ids[b:].flatten()  # [b*T], [S]
         products = OuterProducts(tied, in_dtype_of(tied, x), plan=ctx.tap.plans["weight"])
         train, val = products.split(b)
-        total, dots = train.sum_and_scores(val, ctx.unit.sizes, ctx.tap.how)
+        with unnarrowed(grad):
+            total, dots = train.sum_and_scores(val, ctx.unit.sizes, ctx.tap.how)
         columns = train.left.index_select(2, val_ids)
         val_columns = val.left.flatten(0, 1).index_select(1, train_ids)
         val_inputs = val.right.flatten(0, 1)

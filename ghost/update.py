@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ghost.distributed import local, sum_over_shards
 
 _WITNESS_NUMEL = 4096
-_WITNESS_COUNT = 64
+_WITNESS_COUNT = 64  # even
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class UpdateObserver:
     """Watches `optimizer.step()`.
 
     Gradients are clipped and unscaled between the backward and the step, in the user's own code. Both
-    multiply every gradient by one number, so a few small gradients, kept after the backward and compared when
-    the step begins, tell the number. A step that is skipped (an overflow under a GradScaler) is never
+    multiply every gradient by one number, so parts of a few gradients, kept after the backward and compared
+    when the step begins, tell the number. A step that is skipped (an overflow under a GradScaler) is never
     observed.
 
     Args:
         optimizer: The loop's optimizer.
-        model: The model, whose small parameters bear witness.
+        model: The model, whose smallest and largest parameters bear witness: the one kind alone may have
+            gradients of zero, as an adapter's first matrices do while its second are zero.
         check: Called when the gradients of a step are as the optimizer takes them; it raises where they
             cannot be.
     """
@@ -52,8 +53,9 @@ class UpdateObserver:
     ) -> None:
         self._optimizer, self._check = optimizer, check
         trained = sorted((p for p in model.parameters() if p.requires_grad), key=nn.Parameter.numel)
-        small = [p for p in trained if p.numel() <= _WITNESS_NUMEL][:_WITNESS_COUNT]
-        self._witnesses = small or trained[:1]
+        few = len(trained) <= _WITNESS_COUNT
+        half = _WITNESS_COUNT // 2
+        self._witnesses = trained if few else trained[:half] + trained[-half:]
         self._before: list[Tensor | None] = []
         self._scale: Tensor | None = None
         self._seen: Update | None = None
@@ -61,7 +63,8 @@ class UpdateObserver:
 
     def expect(self, scale: Tensor | None) -> None:
         """Note the gradients as the backward left them, `scale` being the loss scale in them."""
-        self._before = [None if p.grad is None else p.grad.detach().clone() for p in self._witnesses]
+        parts = [_part(p.grad) for p in self._witnesses]
+        self._before = [None if part is None else part.clone() for part in parts]
         self._scale, self._seen = scale, None
 
     def take(self) -> Update | None:
@@ -102,10 +105,11 @@ class UpdateObserver:
         self._check()
         if not self._before:
             return
+        now = [_part(p.grad) for p in self._witnesses]
         pairs = [
-            (local(before).double().flatten(), local(p.grad.detach()).double().flatten())
-            for before, p in zip(self._before, self._witnesses, strict=True)
-            if before is not None and p.grad is not None
+            (before.double(), after.double())
+            for before, after in zip(self._before, now, strict=True)
+            if before is not None and after is not None
         ]
         clip = torch.ones((), dtype=torch.float64)
         if pairs:
@@ -123,3 +127,15 @@ class UpdateObserver:
         if overflow is not None:
             clip = torch.where(overflow.to(clip) > 0, torch.zeros_like(clip), clip)
         self._seen, self._before = Update(self.rates(), clip), []
+
+
+def _part(grad: Tensor | None) -> Tensor | None:
+    """Numbers of a gradient, `_WITNESS_NUMEL` at most, from its first rows; of a shard its own, of a sparse
+    one none.
+    """
+    if grad is None or grad.layout is not torch.strided:
+        return None
+    own = local(grad.detach())
+    rows = own if own.dim() > 0 else own[None]
+    number = max(1, _WITNESS_NUMEL // max(1, rows.shape[1:].numel()))
+    return rows[:number].flatten()[:_WITNESS_NUMEL]

@@ -331,6 +331,8 @@ class JointValidation(Validation):
         # The probes hold products of two scaled gradients; the training side keeps its share of the step's
         # loss.
         ratio = ratio / (share * world_size**2)
+        if isinstance(share, Tensor):  # the same, without asking a GPU
+            ratio = torch.where(share.to(ratio.device) == 0, 0.0, ratio)
         return ratio if scale is None else ratio / (scale * scale)
 
 
@@ -494,14 +496,20 @@ class SeparateValidation(Validation):
         """Weight, inputs and labels of each micro-batch of a set's rows; the weights make the losses' sum the
         loss of all rows. A micro-batch without a counted label has no mean loss and adds nothing.
         """
+        self._refuse_uncounted(self._val.Y[lo:hi])
         parts = [self._val.take(slice(at, min(at + batch, hi))) for at in range(lo, hi, batch)]
         if len(parts) == 1 or self._reduction is LossReduction.SUM:
             return [(1.0, X, Y) for X, Y in parts]
         assert self._reduction is not None
         counts = [int(count(Y, self._reduction)) for _, Y in parts]
-        if sum(counts) == 0:
-            raise GhostConfigError("val_data has no label that the loss counts: its gradient is undefined.")
         return [(n / sum(counts), X, Y) for n, (X, Y) in zip(counts, parts, strict=True) if n]
+
+    def _refuse_uncounted(self, Y: Tensor) -> None:
+        """Refuse validation labels of which the loss counts none, as far as it is known how it counts."""
+        # No Hugging Face model counts labels that are all -100.
+        models_own = LossReduction.TOKEN_MEAN if self._loss_fn is model_loss else LossReduction.SUM
+        if int(count(Y, self._reduction or models_own)) == 0:
+            raise GhostConfigError("val_data has no label that the loss counts: its gradient is undefined.")
 
     def _pairs(self) -> list[list[tuple[float, Inputs, Tensor]]]:
         """One column a row, weighed as the row is in the loss of all rows."""
@@ -509,9 +517,8 @@ class SeparateValidation(Validation):
         rows = [self._val.take(slice(i, i + 1)) for i in range(self._val.rows)]
         if self._reduction is LossReduction.SUM:
             return [[(1.0, X, Y)] for X, Y in rows]
+        self._refuse_uncounted(self._val.Y)
         counts = [int(count(Y, self._reduction)) for _, Y in rows]
-        if sum(counts) == 0:
-            raise GhostConfigError("val_data has no label that the loss counts: its gradient is undefined.")
         return [[(n / sum(counts), X, Y)] if n else [] for n, (X, Y) in zip(counts, rows, strict=True)]
 
     def join(self, X: Inputs, Y: Tensor) -> tuple[Inputs, Tensor]:

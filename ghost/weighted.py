@@ -76,7 +76,7 @@ def sum_and_dots(
     b, like = pieces[0].rows, pieces[0].gradients.example
     dots = [like.new_zeros(b, len(targets), dtype=accumulation_dtype(like.dtype)) for _ in pieces]
     dense, tables = _sides(pieces)
-    total = like.new_empty(targets.shape[1:])
+    total = _total_like(pieces, targets)
     for rows, tiles, weighted in _weighted_blocks(pieces, dense, tables, targets, total, weigher, chunk):
         columns = weighted.flatten(1)
         for at, tile in zip(dense, tiles, strict=True):
@@ -90,12 +90,17 @@ def sum_and_weights(
     pieces: Sequence[Piece], targets: Tensor, weigher: Weigher, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The parameter's gradient `[m, n]`, and the weighted targets `[C, m, n]`; see `sum_and_dots`."""
-    like = pieces[0].gradients.example
-    total = like.new_empty(targets.shape[1:])
-    found = torch.empty_like(targets, dtype=accumulation_dtype(like.dtype))
+    total = _total_like(pieces, targets)
+    found = torch.empty_like(targets, dtype=accumulation_dtype(total.dtype))
     for rows, _, weighted in _weighted_blocks(pieces, *_sides(pieces), targets, total, weigher, chunk):
         found[:, rows] = weighted
     return total, found
+
+
+def _total_like(pieces: Sequence[Piece], targets: Tensor) -> Tensor:
+    """Space for the parameter's gradient `[m, n]`: as wide as the widest use's, of which it is a part."""
+    gradients = [piece.gradients for piece in pieces]
+    return gradients[0].example.new_empty(targets.shape[1:], dtype=widest(gradients))
 
 
 def _sides(pieces: Sequence[Piece]) -> tuple[list[int], dict[int, "Lookups"]]:

@@ -32,11 +32,8 @@ def check_policy(cfg: DictConfig) -> None:
             f"is about the optimizer's step on the whole batch, which policy={policy.name} does not take: "
             "type engine.preconditioner=none",
         )  # fmt: skip
-    if cfg.engine.algebra == "fused" and cfg.engine.val_mode == "separate":
-        refuse(
-            cfg, "engine.algebra",
-            f"has no effect with policy={policy.name} and engine.val_mode=separate: type engine.algebra=auto",
-        )  # fmt: skip
+    if cfg.engine.algebra == "fused":
+        refuse(cfg, "engine.algebra", f"has no effect with policy={policy.name}: type engine.algebra=auto")
     if cfg.hardware.strategy == "fsdp":
         refuse(
             cfg, "hardware.strategy",

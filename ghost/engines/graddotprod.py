@@ -170,6 +170,8 @@ class GradDotProdEngine(TappedEngine):
         rows = self._check_batch(X, Y)
         self.state.close()
         self._share = share
+        if first and self._rule is not None:
+            self._rule.read_groups()
         self.validation.begin(Y, first)
         moments = {} if self._moments is None else self._moments.begin(first)
         self._open(X, rows, self.validation.sizes, moments)
@@ -265,15 +267,21 @@ class GradDotProdEngine(TappedEngine):
     def finish(self, rates: Mapping[int, float]) -> list[LayerScores]:
         found = self.curvatures(rates)
         self._release()
+        self._release_moments()
         return found
 
     def abandon(self) -> None:
         super().abandon()
         self._release()
+        self._release_moments()
 
     def _release(self) -> None:
         self.kept.clear()
         self.masses = []
+
+    def _release_moments(self) -> None:
+        if self._moments is not None:
+            self._moments.release()
 
 
 def _masses(Y: Tensor, reduction: LossReduction, share: float | Tensor) -> Tensor:

@@ -91,6 +91,57 @@ def test_convolutions_norms_and_linear_layers_under_autocast(mode: dict[str, Any
 
 
 @each_mode
+@pytest.mark.parametrize("where", ["a backward inside of autocast", "a compiled model"])
+def test_inner_products_keep_their_digits_beside_autocast(mode: dict[str, Any], where: str) -> None:
+    """Whatever stands around the backward: a norm's gradients are float32, and so are their products."""
+    model = nn.Sequential(nn.Linear(5, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 4))
+    (X, Y), (V, W) = table(6), table(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model: nn.Module, X: Inputs, Y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return class_loss(model, X, Y)
+
+    def scores(called: nn.Module, inside: bool) -> Tensor:
+        optimizer.zero_grad()
+        config = mode | {"loss_reduction": "sample_mean"}
+        manager = GhostEngineManager(config, called, optimizer, val_data=(V.float(), W), loss_fn=loss)
+        with manager.step(X.float(), Y, batch_idx=range(6), iteration=0) as step:
+            found = loss(called, step.X, step.Y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                step.backward(found)
+        manager.cleanup()
+        return torch.stack(list(manager.scores_by_layer.values()))
+
+    expected = scores(model, inside=False)
+    if where == "a compiled model":
+        torch._dynamo.reset()
+        found = scores(torch.compile(model, backend="aot_eager"), inside=False)
+        torch._dynamo.reset()
+    else:
+        found = scores(model, inside=True)
+    assert_near(found, expected, 1e-6)
+
+
+def test_uses_that_meet_at_the_end_of_a_step_inside_of_autocast_keep_their_digits() -> None:
+    norm = nn.LayerNorm(32)
+    model = nn.Sequential(nn.Linear(5, 32), norm, nn.Linear(32, 32), norm, nn.Linear(32, 4))
+    (X, Y), (V, W) = table(6), table(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {"loss_reduction": "sample_mean"}
+    manager = GhostEngineManager(config, model, optimizer, val_data=(V.float(), W))
+    outside, inside = [], []
+    for enabled, found in ((False, outside), (True, inside)):
+        whole = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+        with whole, manager.step(X.float(), Y, batch_idx=range(6), iteration=0) as step:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = class_loss(model, step.X, step.Y)
+            step.backward(loss)
+        found += manager.scores_by_layer.values()
+    assert_near(torch.stack(inside), torch.stack(outside), 1e-6)
+
+
+@each_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_token_ids_go_through_unchanged(mode: dict[str, Any], dtype: torch.dtype) -> None:
     """bfloat16 cannot hold most ids above 256."""

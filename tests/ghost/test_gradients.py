@@ -119,6 +119,9 @@ def test_no_samples(make: Callable[[], tuple[SampleGradients, Tensor]]) -> None:
         total, dots = all_rows.sum_and_scores(none, (0,), how)
         assert_near(total, full.sum(0))
         assert torch.equal(dots, torch.zeros(form.rows, 1, dtype=full.dtype))
+    rows, width = form.matrix
+    assert none.tile(slice(0, rows)).shape == (0, rows, width)
+    assert_near(form.tile(slice(1, rows)), full.reshape(form.rows, rows, width)[:, 1:])
 
 
 @pytest.mark.parametrize(

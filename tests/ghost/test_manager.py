@@ -293,6 +293,20 @@ def test_a_step_that_the_optimizer_skips_credits_nothing(tmp_path: Path) -> None
     assert_near(values.value, 0.1 * credited)
 
 
+def test_a_skipped_step_of_groups_and_of_what_no_group_has(tmp_path: Path) -> None:
+    model = nn.Sequential(mlp(), mlp(4), nn.Linear(4, 4).double())
+    first, second = model[0].parameters(), model[1].parameters()
+    groups = [{"params": p, "lr": 0.1 * i} for i, p in enumerate([first, second, [model[2].weight]], start=1)]
+    run = Run({"result_dir": tmp_path}, torch.optim.SGD(groups), model=model)
+    run.step(0)
+    run.backward(1)
+    run.manager.cleanup()
+    (shard,) = read_shards(tmp_path / "scores")
+    assert shard["lr"][0].unique().tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert shard["lr"][6:].eq(0).all()
+    assert shard["clip"].tolist() == pytest.approx([1.0] * 6 + [0.0] * 6)
+
+
 def scaled_run(tmp_path: Path, mode: dict[str, Any], scale: float) -> Run:
     model = mlp().float()
     run = Run.__new__(Run)
@@ -674,13 +688,14 @@ def test_the_protocol_form_needs_a_call_of_the_model_as_a_whole() -> None:
 
 
 @each_mode
-def test_a_batch_without_a_counted_label_weighs_nothing(mode: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_batch_without_a_counted_label_weighs_nothing(mode: dict[str, Any], kind: Any) -> None:
     model, X, V = tiny_gpt2(), tokens(4, 9), tokens(3, 9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     manager = GhostEngineManager(mode, model, optimizer, val_data=(V, V), loss_fn=causal_loss)
     parts = [(X[:2], X[:2]), (X[2:], torch.full_like(X[2:], -100))]
     for i, (x, y) in enumerate(parts):
-        with manager.step(x, y, batch_idx=range(2), iteration=0, share=1.0 - i, last=bool(i)) as step:
+        with manager.step(x, y, batch_idx=range(2), iteration=0, share=kind(1.0 - i), last=bool(i)) as step:
             logits = model(step.X).logits[:, :-1].flatten(0, 1)
             losses = nn.functional.cross_entropy(logits, step.Y[:, 1:].flatten(), reduction="sum")
             step.backward(losses / (step.Y[:, 1:] != -100).sum().clamp(min=1))

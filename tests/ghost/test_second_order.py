@@ -2,7 +2,9 @@
 mean.
 """
 
+import gc
 import math
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -380,6 +382,24 @@ def test_other_dtypes_are_near(dtype: torch.dtype, rtol: float) -> None:
     model, train, val = tiny_gpt2(), text(4), text(2)
     expected = reference.curvatures(model, causal_loss, train, val, CAUSAL)
     assert_near(Loop(model.to(dtype), causal_loss, val, CAUSAL).step(train), expected, rtol)
+
+
+def test_a_step_that_is_given_up_keeps_no_graph() -> None:
+    model, seen = mlp(), []
+
+    def loss_fn(model: Any, X: Any, Y: Tensor) -> Tensor:
+        first, activation, second = model
+        hidden = activation(first(X))
+        seen.append(weakref.ref(hidden))
+        return F.cross_entropy(second(hidden), Y)
+
+    loop = Loop(model, loss_fn, table(3), BY_SAMPLE)
+    X, Y = table(4)
+    with pytest.raises(MemoryError), loop.manager.step(X, Y, batch_idx=range(4), iteration=0):
+        raise MemoryError
+    gc.collect()
+    assert [hidden() for hidden in seen] == [None]
+    assert loop.step((X, Y)).isfinite().all()
 
 
 def test_autocast_is_near() -> None:

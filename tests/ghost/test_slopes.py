@@ -1,8 +1,10 @@
 """Scores of the optimizer's own step, against the optimizer itself, run on parts of the gradient."""
 
 import copy
+import gc
 import logging
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -388,6 +390,44 @@ def _opened(text: tuple[Rows, Rows], **config: Any) -> tuple[GhostEngineManager,
     return GhostEngineManager(config, model, optimizer, val_data=val), model
 
 
+def test_sums_of_squares_end_with_their_step() -> None:
+    """They are as large as the model, and would stay through the optimizer's step and evaluations."""
+    model, (X, Y), seen = models.mlp(), models.table(4), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    config = {"preconditioner": "adam", "loss_reduction": "sample_mean", "gradient_accumulation_steps": 2}
+    manager = GhostEngineManager(config, model, optimizer, val_data=models.table(3))
+    for number in range(2):
+        with manager.step(X, Y, batch_idx=range(4), iteration=0, last=number == 1) as step:
+            seen = [weakref.ref(given[-1]) for given in manager.engine.state.moments.values()]
+            step.backward(reference.class_loss(model, step.X, step.Y))
+    gc.collect()
+    assert seen
+    assert [squares() for squares in seen] == [None] * len(seen)
+
+
+def test_groups_that_the_optimizer_loads_later_are_read(text: tuple[Rows, Rows]) -> None:
+    """`load_state_dict` gives an optimizer groups of its own, with the settings of the state."""
+    train, val = text
+    model, loss_fn = models.tiny_gpt2(), reference.causal_loss
+    optimizer = warmed(model, torch.optim.AdamW, val, loss_fn, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0] |= {"betas": (0.5, 0.8), "eps": 1e-3}
+    settings = {"preconditioner": "adam", "loss_reduction": "causal_token_mean", "credit": "step"}
+    manager = GhostEngineManager(settings, model, optimizer, val_data=val)
+    optimizer.load_state_dict(state)
+    with manager.step(*train, batch_idx=range(5), iteration=0) as step:
+        step.backward(loss_fn(model, step.X, step.Y))
+    manager.detach_for_evaluation()
+    reduction = LossReduction.CAUSAL_TOKEN_MEAN
+    assert_near(manager.scores, expected_scores(model, optimizer, train, val, loss_fn, reduction))
+    state["param_groups"][0]["amsgrad"] = True
+    optimizer.load_state_dict(state)
+    manager.reattach_after_evaluation()
+    optimizer.zero_grad()
+    with pytest.raises(GhostConfigError, match="does not know AdamW with amsgrad=True"):
+        manager.attach_train_batch(*train, 1, range(5))
+
+
 def test_a_second_backward_through_one_forward_is_refused(text: tuple[Rows, Rows]) -> None:
     manager, model = _opened(text)
     (X, Y), _ = text
@@ -470,6 +510,26 @@ def test_a_tied_table_under_autocast(text: tuple[Rows, Rows], val_mode: str) -> 
     found = scored(model, optimizer, config, train, val, narrow).scores
     assert (found - wide).norm() < 0.05 * wide.norm()
     assert not torch.equal(found, wide)
+
+
+@pytest.mark.parametrize("val_mode", ["concat", "separate"])
+@pytest.mark.parametrize("resolution", ["total", "head"])
+def test_a_tied_tables_own_gradient_is_not_narrowed_by_its_heads(
+    text: tuple[Rows, Rows], val_mode: str, resolution: str
+) -> None:
+    train, val = text
+    model = models.tiny_gpt2().float()
+    optimizer = warmed(model, torch.optim.AdamW, val, reference.causal_loss, 1)
+
+    def narrow(model: nn.Module, X: Tensor, Y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return reference.causal_loss(model, X, Y)
+
+    plain = reference.gradient(model, narrow(model, *train))
+    scored(model, optimizer, {"val_mode": val_mode, "resolution": resolution}, train, val, narrow)
+    found, expected = (grads["transformer.wte.weight"] for grads in (grads_of(model), plain))
+    assert_near(found, expected, 0.02)
+    assert not torch.equal(found, found.bfloat16().float())
 
 
 def _weighed(b: int, decays: bool, accumulates: bool) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,55 @@ def test_large_parameters_alone_bear_witness_too() -> None:
     assert 0 < update.clip.item() < 1
 
 
+@pytest.mark.parametrize("modules", [1, 50])
+def test_adapters_whose_first_matrices_have_no_gradient_yet(modules: int) -> None:
+    """LoRA's second matrices begin at zero, and so do the gradients of the first, maybe the smaller."""
+    model = nn.Sequential()
+    for _ in range(modules):
+        model.append(nn.Sequential(nn.Linear(700, 8, bias=False), nn.Linear(8, 900, bias=False)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    observer = observed(model, optimizer)
+    for first, _ in model:
+        first.weight.grad = torch.zeros_like(first.weight)
+    observer.expect(None)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    update = observer.take()
+    assert update is not None
+    assert update.clip.item() == pytest.approx(1 / norm.item(), rel=1e-5)
+
+
+def test_gradients_of_no_axis_and_in_another_order_of_memory_bear_witness() -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    model.scale = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    observer = observed(model, optimizer)
+    observer.expect(None)
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad = (0.5 * p.grad).contiguous()
+    optimizer.step()
+    update = observer.take()
+    assert update is not None
+    assert update.clip.item() == pytest.approx(0.5, rel=1e-6)
+
+
+def test_sparse_gradients_bear_no_witness() -> None:
+    """As they are in a loop without an engine."""
+    model = nn.Sequential(nn.Embedding(9, 5, sparse=True), nn.Linear(5, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    observer = UpdateObserver(optimizer, model)
+    model(torch.tensor([1, 3])).sum().backward()
+    observer.expect(None)
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad *= 0.5
+    optimizer.step()
+    update = observer.take()
+    assert update is not None
+    assert update.clip.item() == pytest.approx(0.5, rel=1e-6)
+
+
 def test_gradients_that_are_zero_or_missing() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -218,6 +218,7 @@ REFUSED = {
     "policy=all engine.val_mode=separate engine.bitwise=true": ["engine.bitwise=true", "bitwise=false"],
     "policy=all engine.preconditioner=auto": ["engine.preconditioner=auto", "preconditioner=none"],
     "policy=all engine.val_mode=separate engine.algebra=fused": ["engine.algebra=fused", "algebra=auto"],
+    "policy=all engine.algebra=fused": ["engine.algebra=fused", "no effect with policy=all", "algebra=auto"],
     "policy=all hardware.strategy=fsdp hardware.processes=2": ["strategy=fsdp", "strategy=ddp, or policy="],
     "policy=greedy hardware.strategy=ddp hardware.processes=2": ["policy.order=2", "policy.order=1"],
     "policy=greedy policy.order=3": ["policy.order=3", "type policy.order=1, or 2"],

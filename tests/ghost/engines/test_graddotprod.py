@@ -407,6 +407,17 @@ def test_validation_rows_that_count_nothing_are_refused(mode: dict[str, Any]) ->
         scored_step(tiny_gpt2(), config, rows(4, 9), (V, with_ignored(V, [0, 1, 0])), causal_loss)
 
 
+@pytest.mark.parametrize("sets", [1, 2])
+def test_one_separate_pass_that_counts_nothing_is_refused(sets: int) -> None:
+    """Its gradient would be zero or not a number, and so would all scores."""
+    model, V = tiny_gpt2(), tokens(3, 9)
+    nothing = V, with_ignored(V, [0, 0, 0])
+    val = nothing if sets == 1 else {"code": (V, V), "prose": nothing}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(GhostConfigError, match=r"val_data has no label that the loss counts"):
+        GhostEngineManager({"val_mode": "separate"}, model, optimizer, val_data=val)
+
+
 def test_every_turn_of_the_validation_rows_is_looked_at() -> None:
     """Five rows by two: the third step has rows 4 and 0, the fourth rows 1 and 2, which count nothing."""
     V = tokens(5, 9)

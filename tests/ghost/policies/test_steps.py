@@ -325,7 +325,9 @@ def made(model: nn.Module, config: dict[str, Any]) -> GhostEngineManager:
     [
         ({"bitwise": True}, "policy='all' takes the layers' backward into its own hands: set bitwise=False"),
         ({"preconditioner": "auto"}, "preconditioner='auto' scores the optimizer's step on the whole batch"),
-        ({"algebra": "fused"}, "algebra='fused' has no effect with policy='all' and val_mode='separate'"),
+        ({"algebra": "fused"}, "algebra='fused' has no effect with policy='all', where no gradient"),
+        ({"algebra": "fused", "val_mode": "concat"}, "algebra='fused' has no effect with policy='all'"),
+        ({"algebra": "fused", "val_mode": "concat", "policy": None, "gram": True}, "effect with gram=True"),
         ({"engine": "regular"}, "engine='regular' has no scores by which a step's samples could be weighed"),
         ({"loss_reduction": None}, "loss_reduction cannot be inferred for Sequential: .* leave policy out"),
     ],

@@ -16,9 +16,9 @@ HEAD = """# Benchmarks
 gives a first look and leaves this page alone; `python -m benchmarks NAME …` runs single ones, `--list` names
 them. Each runs in a process of its own. What is compared takes turns within one process on one model, and a
 ratio is the median of paired ratios with its quartiles in brackets: other work on the machine falls on both
-sides. From 2026-11-23 on, steps of a model are timed with freed memory kept (`keep_freed_memory` in
-`benchmarks/common.py` says why). Ratios are what to read; seconds are this machine's. The numbers are in
-`benchmarks/results/*.json`.
+sides. From 2026-11-23 on `columns`, `policies`, `scaling`, `second_order` and `step_overhead` keep freed
+memory (`keep_freed_memory` in `benchmarks/common.py` says why). Ratios are what to read; seconds are this
+machine's. The numbers are in `benchmarks/results/*.json`.
 """
 
 

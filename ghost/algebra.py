@@ -45,6 +45,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def unnarrowed(like: Tensor) -> torch.autocast:
+    """Context without autocast, which would round inner products of float32 to its dtype: where a backward or
+    a step ends inside of an autocast block, and in a compiled backward, traced as its forward was.
+    """
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """`Σ a_i ∘ b_i` for each row i of two equal shapes `[b, …]`: `[b]`, accumulated in float32 at least."""
     dtype = accumulation_dtype(a.dtype)

@@ -16,13 +16,14 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ghost.algebra import unnarrowed
 from ghost.errors import UnsupportedModelError
 from ghost.gradients import Materialised, SampleGradients
 from ghost.layers import Layer, WholeRule
 from ghost.layers.whole import substituted
 from ghost.memory import is_out_of_memory
 from ghost.step import StepState, Unit
-from ghost.taps import Tap, unnarrowed, wide
+from ghost.taps import Tap, wide
 
 Leaves = list[Any]
 

@@ -15,8 +15,8 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.amp import autocast
 
+from ghost.algebra import unnarrowed
 from ghost.errors import ProtocolError
 from ghost.gradients import SampleGradients
 from ghost.layers import Layer
@@ -61,7 +61,7 @@ class KeptUse:
     def scores(self, targets: Tensor) -> Tensor:
         """`⟨targets_c, g_i⟩`, `[K, b, C]`; `targets` is `[C, *shape]`."""
         self.check()
-        with autocast(targets.device.type, enabled=False):  # a step may end inside of an autocast block
+        with unnarrowed(targets):
             return part_scores(self.gradients, list(targets), self.parts, self.unit)
 
     def weighted_sum(self, weights: "RowWeights | None") -> Tensor:
@@ -72,7 +72,7 @@ class KeptUse:
             common = weights.common
             if weights.of_rows is not None or not weights.is_whole:
                 kept = kept.weighed(weights.rows, weights.of_rows)
-        with autocast(kept.example.device.type, enabled=False):
+        with unnarrowed(kept.example):
             total = kept.sum()
         return total if common == 1.0 else total * common
 

@@ -7,9 +7,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.amp import autocast
 
-from ghost.algebra import FUSED_TILE, accumulation_dtype
+from ghost.algebra import FUSED_TILE, accumulation_dtype, unnarrowed
 from ghost.choice import Algebra, Plan
 from ghost.errors import UnsupportedModelError
 from ghost.gradients import OuterProducts, SampleGradients
@@ -53,7 +52,7 @@ def gram_of(kept: Kept, chunk: int) -> Tensor:
     for uses in _meetings(kept, sizes, Plan(chunk)):
         example = uses[0].gradients.example
         found = example.new_zeros(samples, samples, dtype=accumulation_dtype(example.dtype))
-        with autocast(example.device.type, enabled=False):
+        with unnarrowed(example):
             if _meet_as_factors(uses, samples):
                 _add_products(found, uses)
             else:

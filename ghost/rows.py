@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ghost.config import GhostConfig, Resolution
 from ghost.engines import Engine, LayerScores
 from ghost.errors import ProtocolError
 from ghost.scores import Column, ScoreLog
-from ghost.update import SKIPPED, Update, UpdateObserver
+from ghost.update import Update, UpdateObserver
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class StepRows:
             log.info(
                 "step %d was skipped by the optimizer: its samples are credited nothing.", step.iteration
             )
-            update = replace(SKIPPED, lr=SKIPPED.lr.expand_as(self._observer.rates()))
+            update = self._observer.skipped()
         columns, score, lr = self._columns(together(step.scores), update)
         curvature = None
         if step.curvatures:

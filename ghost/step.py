@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghost.algebra import unnarrowed
 from ghost.gradients import SampleGradients, cut, sum_of_uses
 from ghost.heads import Part
 from ghost.layers import Layer
@@ -100,8 +101,7 @@ class Ledger:
         """Inner products `[K, b, C]` by layer and parameter name, all cross terms included."""
         found: Probes = {}
         for uses in self._uses.values():
-            device = uses[0].train.example.device.type
-            with torch.autocast(device, enabled=False):  # a step may end inside of an autocast block
+            with unnarrowed(uses[0].train.example):
                 columns = zip(*(use.val.columns(use.unit.sizes) for use in uses), strict=True)
                 sums = [sum_of_uses(column) for column in columns]
                 for use in uses:

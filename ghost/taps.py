@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ghost.algebra import row_dots
+from ghost.algebra import row_dots, unnarrowed
 from ghost.choice import Algebra, Choices, Plan
 from ghost.distributed import fetched
 from ghost.errors import UnsupportedModelError
@@ -41,13 +41,6 @@ def in_dtype_of(grad: Tensor, x: Tensor) -> Tensor:
 def wide(grad: Tensor) -> Tensor:
     """The gradient in a dtype that can hold products of two: float16 under a loss scale overflows."""
     return grad.float() if grad.dtype is torch.float16 else grad
-
-
-def unnarrowed(grad: Tensor) -> torch.autocast:
-    """Context without autocast, which would round inner products of float32 to its dtype: in a backward
-    inside of an autocast block, and in a compiled one, whose graph is traced as its forward's was.
-    """
-    return torch.autocast(grad.device.type, enabled=False)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,6 @@ class Update:
     clip: Tensor
 
 
-SKIPPED = Update(lr=torch.zeros(1, dtype=torch.float64), clip=torch.zeros((), dtype=torch.float64))
-"""A step that the optimizer never took: it credits nothing."""
-
-
 class UpdateObserver:
     """Watches `optimizer.step()`.
 
@@ -83,6 +79,10 @@ class UpdateObserver:
         """The groups' learning rates as they are now, `[R]` float64."""
         groups = self._optimizer.param_groups
         return torch.stack([torch.as_tensor(group["lr"], dtype=torch.float64).cpu() for group in groups])
+
+    def skipped(self) -> Update:
+        """What a step is that the optimizer never took: it credits nothing."""
+        return Update(torch.zeros_like(self.rates()), torch.zeros((), dtype=torch.float64))
 
     def _on_step(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -143,7 +143,8 @@ class LiveLine:
             if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
                 continue
             stream = handler.stream
-            if isinstance(stream, FileProxy) or not stream.isatty():
+            # Whoever closed a handler's stream keeps the handler's own complaints, but must not stop a run.
+            if isinstance(stream, FileProxy) or getattr(stream, "closed", False) or not stream.isatty():
                 continue
             handler.setStream(FileProxy(self._console, stream))
             self._scope.callback(handler.setStream, stream)

@@ -100,23 +100,29 @@ def test_terminal_shows_one_line(terminal: Terminal, clock: list[float]) -> None
 
 def test_log_records_stand_above_the_bar(terminal: Terminal) -> None:
     handler = logging.StreamHandler(terminal)
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        with StatusLine(3, terminal) as line:
-            line.update(1, 2.0, None, None, 10**9)
-            logging.getLogger("a").warning("first [red]record[/red]")
-            line.update(2, 2.0, None, None, 10**9)
-            logging.getLogger("a").warning("second record")
-            line.update(3, 2.0, None, None, 10**9)
-        logging.getLogger("a").warning("after the bar")
-    finally:
-        root.removeHandler(handler)
+    logging.getLogger().addHandler(handler)
+    with StatusLine(3, terminal) as line:
+        line.update(1, 2.0, None, None, 10**9)
+        logging.getLogger("a").warning("first [red]record[/red]")
+        line.update(2, 2.0, None, None, 10**9)
+        logging.getLogger("a").warning("second record")
+        line.update(3, 2.0, None, None, 10**9)
+    logging.getLogger("a").warning("after the bar")
     assert handler.stream is terminal
     screen = [text for text in terminal.screen() if text]
     assert screen[:2] == ["first [red]record[/red]", "second record"]
     assert screen[2].startswith("3/3 ━")
     assert screen[3:] == ["after the bar"]
+
+
+def test_a_handler_whose_stream_is_closed_does_not_stop_the_loop(terminal: Terminal) -> None:
+    gone = io.StringIO()
+    handler = logging.StreamHandler(gone)
+    logging.getLogger().addHandler(handler)  # `root_handlers` takes it off again
+    gone.close()
+    with StatusLine(2, terminal) as line:
+        line.update(1, 2.0, None, None, 10**9)
+    assert handler.stream is gone
 
 
 def test_error_inside_the_loop_leaves_the_terminal_usable(terminal: Terminal) -> None:

@@ -137,11 +137,13 @@ LOSSES: dict[TaskName, tuple[Callable[[nn.Module, Inputs, Tensor], Loss], LossRe
 }
 
 
+def model_loss(model: DictConfig) -> tuple[Callable[[nn.Module, Inputs, Tensor], Loss], LossReduction]:
+    """What the model of the config's `model` node minimises, and what its mean is taken over."""
+    return LOSSES[model_task(model)] if model.kind == "hf" else (class_loss, LossReduction.SAMPLE_MEAN)
+
+
 def build_task(cfg: DictConfig, device: torch.device) -> Task:
     """The task that fits the configured model."""
     autocast = getattr(torch, cfg.dtype.autocast) if cfg.dtype.autocast else None
-    is_plain = cfg.model.kind != "hf"
-    compute, reduction = (
-        (class_loss, LossReduction.SAMPLE_MEAN) if is_plain else LOSSES[model_task(cfg.model)]
-    )
+    compute, reduction = model_loss(cfg.model)
     return Task(compute, reduction, autocast, parameter_dtype(cfg.dtype), device)

@@ -4,8 +4,9 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,10 @@ class Labelled:
     """Samples to train on, some with a wrong label, and others with true labels to value them against.
 
     Attributes:
-        X: `[n, d]` float32.
+        X: `[n, d]` float32; as images `[n, 1, h, w]`.
         Y: `[n]` int64, the labels to train on.
         wrong: `[n]` bool.
-        X_val: `[v, d]` float32.
+        X_val: `[v, d]` float32; as images `[v, 1, h, w]`.
         Y_val: `[v]` int64, true labels.
         classes: How many labels there are.
         left_out: Samples of the source that have no label.
@@ -52,6 +53,12 @@ class Labelled:
     Y_val: Tensor
     classes: int
     left_out: int
+
+    def as_images(self) -> "Labelled":
+        """The same samples, whose `d` pixels are those of square images."""
+        side = math.isqrt(self.X.shape[1])
+        images = (1, side, side)
+        return replace(self, X=self.X.unflatten(1, images), X_val=self.X_val.unflatten(1, images))
 
     @property
     def fingerprint(self) -> str:

@@ -15,22 +15,30 @@ from scipy.optimize import brentq
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from conf.errors import ConfigError
 from conf.schema import fixed, key
 from ghost import GhostConfig, GhostEngineManager, GradProjLoRAEngine, LossReduction
 from ghost.batch import Inputs
 from runners.choices import ExperimentName, TaskName
-from runners.config import DataConfig, MLPModel
+from runners.config import DataConfig, ModelConfig
 from runners.data import build_data
 from runners.data.base import DataBundle, SampleSet
 from runners.data.loader import collate
 from runners.fidelity.experiment import Measured, Point
+from runners.fidelity.in_run import LossFn
 from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples, refuse_setting
-from runners.losses import class_loss
+from runners.losses import model_loss
 from runners.models import build_model
+from runners.tasks import model_task
 
 log = logging.getLogger(__name__)
 
 SCORED_ROWS = 256  # of a pass that trains nothing
+# What to type for samples of the tasks that this takes.
+SAMPLES = {
+    TaskName.table_classes: "digits",
+    TaskName.image_classes: "digits fidelity.data.as_image=true",
+}
 OF_MEAN = " of the mean"
 
 
@@ -40,7 +48,7 @@ class LDSConfig(ExperimentConfig):
 
     name: ExperimentName = fixed(ExperimentName.lds)
     data: DataConfig = MISSING
-    model: MLPModel = MISSING
+    model: ModelConfig = MISSING
     lr: float = key("learning rate of SGD")
     batch_size: int = key("samples a step")
     steps: int = key("steps of every training, on all samples or a subset")
@@ -53,7 +61,7 @@ class LDSConfig(ExperimentConfig):
 
 @dataclass(frozen=True)
 class Samples:
-    """All samples of a side: inputs `[n, d]` float32 and classes `[n]` int64."""
+    """All samples of a side: inputs `[n, d]`, or images `[n, c, h, w]`, float32; classes `[n]` int64."""
 
     X: Tensor
     Y: Tensor
@@ -73,7 +81,14 @@ class LDS:
             refuse_setting(
                 settings, "share", "is no share between 0 and 1: type fidelity.share=0.5, or another"
             )
-        check_samples(settings, TaskName.table_classes, "digits")
+        model = OmegaConf.structured(settings.model)
+        if (task := model_task(model)) not in SAMPLES:
+            raise ConfigError(
+                f"model@fidelity.model={model.name} learns from {task} samples, and fidelity=lds takes "
+                "tables or images: type model@fidelity.model=mlp, or another"
+            )
+        check_samples(settings, task, SAMPLES[task])
+        self.loss, _ = model_loss(model)
 
     def points(self) -> list[Point]:
         """A point a seed."""
@@ -120,6 +135,16 @@ class LDS:
         model_cfg = OmegaConf.structured(self.settings.model)
         return build_model(model_cfg, None, data.input_shape, data.num_classes).to(self.device)
 
+    def mean_loss(self, model: nn.Module, X: Inputs, Y: Tensor) -> Tensor:
+        """The mean over rows."""
+        return self.loss(model, X, Y).mean
+
+    @torch.no_grad()
+    def row_losses(self, model: nn.Module, side: Samples) -> Tensor:
+        """Of each sample, `[n]`."""
+        parts = zip(side.X.split(SCORED_ROWS), side.Y.split(SCORED_ROWS), strict=True)
+        return torch.cat([self.loss(model, X, Y).row_sums for X, Y in parts])
+
     def losses(
         self, data: DataBundle, train: Samples, val: Samples, rows: list[Tensor], generator: torch.Generator
     ) -> Tensor:
@@ -131,10 +156,9 @@ class LDS:
                 optimizer = torch.optim.SGD(model.parameters(), lr=self.settings.lr)
                 for batch in self._batches(subset, generator):
                     optimizer.zero_grad()
-                    F.cross_entropy(model(train.X[batch]), train.Y[batch]).backward()
+                    self.mean_loss(model, train.X[batch], train.Y[batch]).backward()
                     optimizer.step()
-                with torch.no_grad():
-                    found[again, number] = F.cross_entropy(model(val.X), val.Y, reduction="none")
+                found[again, number] = self.row_losses(model, val)
             log.info("Every subset has been trained on %d times", again + 1)
         return found
 
@@ -160,7 +184,7 @@ class LDS:
         for _ in range(self.settings.runs):
             model = self._model(data, generator)
             found = self._in_run(model, train, val, generator)
-            found["exact_dots"] = last_dots(model, train, val)
+            found["exact_dots"] = last_dots(model, train, val, self.mean_loss)
             found |= self._projected(model, train, val)
             found["random"] = torch.randn(len(train.Y), len(val.Y), dtype=torch.float64, generator=generator)
             for name, each in found.items():
@@ -178,11 +202,13 @@ class LDS:
         config = {
             "val_mode": "separate", "order": 2, "pairwise": True, "loss_reduction": "sample_mean",
         }  # fmt: skip
-        manager = GhostEngineManager(config, model, optimizer, val_data=(val.X, val.Y), loss_fn=mean_loss)
+        manager = GhostEngineManager(
+            config, model, optimizer, val_data=(val.X, val.Y), loss_fn=self.mean_loss
+        )
         for t, batch in enumerate(self._batches(torch.arange(len(train.Y)), generator)):
             optimizer.zero_grad()
             with manager.step(train.X[batch], train.Y[batch], batch_idx=batch, iteration=t) as step:
-                step.backward(mean_loss(model, step.X, step.Y))
+                step.backward(self.mean_loss(model, step.X, step.Y))
             optimizer.step()
             assert manager.curvatures is not None
             first[batch.cpu()] += lr * manager.scores.double().cpu()
@@ -201,7 +227,7 @@ class LDS:
         with engine.attached():
             rows = [
                 torch.cat([
-                    engine.project(X, Y, mean_loss).double().cpu()
+                    engine.project(X, Y, self.mean_loss).double().cpu()
                     for X, Y in zip(side.X.split(SCORED_ROWS), side.Y.split(SCORED_ROWS), strict=True)
                 ])
                 for side in (train, val)
@@ -215,20 +241,15 @@ class LDS:
         }
 
 
-def mean_loss(model: nn.Module, X: Inputs, Y: Tensor) -> Tensor:
-    """The mean over rows."""
-    return class_loss(model, X, Y).mean
-
-
-def last_dots(model: nn.Module, train: Samples, val: Samples) -> Tensor:
+def last_dots(model: nn.Module, train: Samples, val: Samples, loss_fn: LossFn) -> Tensor:
     """Exact inner products of the samples' gradients at the model's weights, `[n, V]` float64."""
     config = {"pairwise": True, "loss_reduction": "sample_mean"}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    manager = GhostEngineManager(config, model, optimizer, val_data=(val.X, val.Y), loss_fn=mean_loss)
+    manager = GhostEngineManager(config, model, optimizer, val_data=(val.X, val.Y), loss_fn=loss_fn)
     found = []
     for t, batch in enumerate(torch.arange(len(train.Y)).split(SCORED_ROWS)):
         with manager.step(train.X[batch], train.Y[batch], batch_idx=batch, iteration=t) as step:
-            step.backward(mean_loss(model, step.X, step.Y))
+            step.backward(loss_fn(model, step.X, step.Y))
         # The engine's gradients are parts of means over the batch and over the validation rows.
         found.append(manager.scores.double().cpu() * len(batch) * len(val.Y))
         optimizer.zero_grad()

@@ -10,21 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omegaconf import MISSING, OmegaConf
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from conf.errors import ConfigError
 from conf.schema import fixed, key
 from ghost.batch import Inputs
-from runners.choices import ExperimentName
+from runners.choices import ExperimentName, ModelKind
+from runners.config import ModelConfig
 from runners.errors import DataError
 from runners.fidelity.baselines import at_last_weights, knn_shapley
 from runners.fidelity.experiment import Measured, Point
 from runners.fidelity.in_run import InRunValues, Rows, epochs, train_scored
 from runners.fidelity.labelled import IMAGES, RATED, Labelled, mnist_file, rated_texts, rating_files
-from runners.fidelity.settings import ExperimentConfig, check_at_least, refuse_setting
+from runners.fidelity.settings import ExperimentConfig, check_at_least, check_within, refuse_setting
 from runners.losses import class_loss
-from runners.models.small import mlp
+from runners.models import build_model
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class MislabelConfig(ExperimentConfig):
     """What is trained on, and how."""
 
     name: ExperimentName = fixed(ExperimentName.mislabel)
+    model: ModelConfig = MISSING
     images: list[ImageSet] = key("image sets whose labels are flipped")
     noise: float = key("share of their labels that is flipped")
     texts: list[TextSet] = key("rated texts, a rater's sign for a label; []: none")
@@ -44,7 +47,6 @@ class MislabelConfig(ExperimentConfig):
         "folder hutto_ICWSM_2014 of vaderSentiment's source package, where the texts are", None
     )
     val_samples: int = key("samples with true labels that are valued against")
-    hidden: list[int] = key("widths of the perceptron's hidden layers")
     image_lr: list[float] = key("learning rates for images, a point each")
     text_lr: list[float] = key("learning rates for texts, a point each")
     image_batch_size: int = key("images of a step")
@@ -69,8 +71,8 @@ class Mislabel:
             rates = getattr(settings, name)
             if not rates or not min(rates) > 0:
                 refuse_setting(settings, name, f"must name rates above 0: type fidelity.{name}=[0.1]")
-        if not settings.hidden or min(settings.hidden) < 1:
-            refuse_setting(settings, "hidden", "must name a width from 1 up: type fidelity.hidden=[64]")
+        self.model_cfg = OmegaConf.structured(settings.model)
+        self._check_model()
         if not self._sets():
             refuse_setting(
                 settings, "images", "and fidelity.texts=[] leave no data: name a set in one of them"
@@ -85,6 +87,21 @@ class Mislabel:
             )  # fmt: skip
         for domain in settings.texts:
             rating_files(domain, Path(str(settings.ratings)))
+
+    def _check_model(self) -> None:
+        """Raises `ConfigError` for a model that cannot take every data set."""
+        kind, name = self.model_cfg.kind, self.model_cfg.name
+        if kind not in (ModelKind.mlp, ModelKind.cnn):
+            raise ConfigError(
+                f"model@fidelity.model={name} has no layer that neighbours could be looked for in: type "
+                "model@fidelity.model=mlp or cnn"
+            )
+        if kind == ModelKind.cnn and self.settings.texts:
+            refuse_setting(
+                self.settings, "texts", f"are no images, and model@fidelity.model={name} takes nothing else: "
+                "type fidelity.texts=[]",
+            )  # fmt: skip
+        check_within(self.settings)
 
     def _sets(self) -> list[str]:
         return [str(name) for name in (*self.settings.images, *self.settings.texts)]
@@ -133,7 +150,8 @@ class Mislabel:
     def labelled(self, name: str, seed: int) -> Labelled:
         """The data set of this name."""
         if name in IMAGES:
-            return IMAGES[name](self.settings.val_samples, self.settings.noise, seed)
+            found = IMAGES[name](self.settings.val_samples, self.settings.noise, seed)
+            return found.as_images() if self.model_cfg.kind == ModelKind.cnn else found
         if name not in RATED or self.settings.ratings is None:
             raise ConfigError(f"data={name} is no data set of this experiment: choose one of {self._sets()}")
         return rated_texts(name, Path(self.settings.ratings), self.settings.val_samples, seed)
@@ -148,9 +166,9 @@ class Mislabel:
     def trained(
         self, data: Labelled, lr: float, times: int, batch_size: int, seed: int
     ) -> tuple[nn.Module, InRunValues]:
-        """The perceptron after so many times all samples, and its samples' values of both orders."""
+        """The model after so many times all samples, and its samples' values of both orders."""
         torch.manual_seed(seed)
-        model = mlp(list(self.settings.hidden), data.X.shape[1], data.classes).to(self.device)
+        model = build_model(self.model_cfg, None, tuple(data.X.shape[1:]), data.classes).to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         rows = Rows(data.X.to(self.device), data.Y.to(self.device))
         val = Rows(data.X_val.to(self.device), data.Y_val.to(self.device))
@@ -180,7 +198,7 @@ class Mislabel:
             "loss": last.loss,
             "gradient_norm": last.gradient_norm,
             "knn_shapley": -knn_shapley(hidden, Y, hidden_val, Y_val, k),
-            "knn_shapley_inputs": -knn_shapley(X, Y, X_val, Y_val, k),
+            "knn_shapley_inputs": -knn_shapley(X.flatten(1), Y, X_val.flatten(1), Y_val, k),
             "random": torch.rand(len(Y), generator=torch.Generator().manual_seed(seed)),
         }
         return {name: numbers.double().cpu().numpy() for name, numbers in found.items()}

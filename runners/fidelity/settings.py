@@ -83,8 +83,16 @@ def check_samples(settings: ExperimentConfig, task: TaskName, instead: str) -> N
         if data[name] != neutral:
             why = f"has no use here, where every point draws by its own seed: type {typed(neutral)}"
             refuse(tree, f"fidelity.data.{name}", why)
+    check_within(settings)
     try:
-        check_numbers(tree.fidelity)
         check_data(tree.fidelity)
+    except ConfigError as error:
+        raise ConfigError(f"In fidelity: {error}") from error
+
+
+def check_within(settings: ExperimentConfig) -> None:
+    """Raises `ConfigError` for numbers out of range in `settings.data` and `settings.model`."""
+    try:
+        check_numbers(OmegaConf.structured(settings))
     except ConfigError as error:
         raise ConfigError(f"In fidelity: {error}") from error

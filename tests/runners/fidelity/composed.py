@@ -19,12 +19,18 @@ TINY_LANGUAGE = [
 ]  # fmt: skip
 
 
+def placed(override: str) -> str:
+    """As the command line has it, where a group is named by its own name: `model@fidelity.model=cnn`."""
+    key = override.partition("=")[0]
+    return f"{key}@fidelity.{override}" if key in ("data", "model") else f"fidelity.{override}"
+
+
 def composed(kind: type[Settings], name: str, *overrides: str) -> Settings:
     """The settings of `conf/fidelity/<name>.yaml`; overrides go without `fidelity.`."""
     schema = f"schema_fidelity_{name}"
     ConfigStore.instance().store(name=schema, node=schema_node(kind), provider="ghostrunner")
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose(f"fidelity/{name}", [f"fidelity.{text}" for text in overrides])
+        cfg = compose(f"fidelity/{name}", [placed(text) for text in overrides])
     found = OmegaConf.to_object(cfg.fidelity)
     assert isinstance(found, kind)
     return found

@@ -59,7 +59,8 @@ def gradients(model: nn.Module, side: Samples) -> Tensor:
 def test_dots_are_of_each_samples_own_gradient() -> None:
     model, train, val = perceptron(), samples(300, 1), samples(4, 2)  # two passes, the last one short
     expected = gradients(model, train) @ gradients(model, val).T
-    torch.testing.assert_close(last_dots(model, train, val), expected, rtol=1e-9, atol=1e-12)
+    found = last_dots(model, train, val, lambda model, X, Y: F.cross_entropy(model(X), Y))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_in_run_scores_are_what_the_steps_credit(settings: LDSConfig) -> None:
@@ -194,6 +195,29 @@ def test_models_of_subsets_see_nothing_else(settings: LDSConfig) -> None:
 def test_what_cannot_work_is_refused_before_anything_is_loaded(override: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         LDS(composed(*TINY_LDS, override), CPU)
+
+
+IMAGES = ["fidelity=lds", "fidelity.data.as_image=true", *TINY_LDS[1:2], *TINY_LDS[3:]]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["model@fidelity.model=cnn", "fidelity.model.channels=[3]"],
+        ["model@fidelity.model=resnet-tiny"],
+        ["model@fidelity.model=vit-tiny", "fidelity.model.attn_implementation=eager"],
+    ],
+)
+def test_models_of_images_are_measured_as_perceptrons_are(model: list[str], tmp_path: Path) -> None:
+    experiment = LDS(composed(*IMAGES, *model), CPU)
+    measured = experiment.measure(experiment.points()[0], tmp_path)
+    methods = {name.partition("/")[2] for name in measured.metrics}
+    assert {"first_order", "second_order", "exact_dots", "projected_cosine", "perfect"} <= methods
+
+
+def test_models_of_text_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gpt2-tiny learns from language samples, and fidelity=lds takes"):
+        LDS(composed("fidelity=lds", "model@fidelity.model=gpt2-tiny"), CPU)
 
 
 def test_a_subset_smaller_than_a_batch_is_refused(settings: LDSConfig, tmp_path: Path) -> None:

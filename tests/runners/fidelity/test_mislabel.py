@@ -31,7 +31,7 @@ def test_points_are_data_sets_and_seeds() -> None:
 
 
 def test_a_point_measures_every_method_and_comes_out_the_same_again(tmp_path: Path) -> None:
-    made = experiment("hidden=[16]", "image_epochs=2")
+    made = experiment("model.hidden=[16]", "image_epochs=2")
     point = Point.at(data="digits", lr=0.1, seed=1)
     measured = made.measure(point, tmp_path)
     for measure in ("auroc", "auroc_within_label"):
@@ -46,9 +46,28 @@ def test_a_point_measures_every_method_and_comes_out_the_same_again(tmp_path: Pa
     )
     assert set(measured.tables["suspicions"]) == METHODS | {"wrong"}
     assert measured.facts["left_out"] == "0"
-    again = experiment("hidden=[16]", "image_epochs=2").measure(point, tmp_path)
+    again = experiment("model.hidden=[16]", "image_epochs=2").measure(point, tmp_path)
     assert again.metrics == measured.metrics
     assert again.facts == measured.facts
+
+
+def test_a_convolutional_network_sees_images(tmp_path: Path) -> None:
+    made = experiment("model=cnn", "model.channels=[4]", "image_epochs=1")
+    measured = made.measure(Point.at(data="digits", lr=0.1, seed=1), tmp_path)
+    assert {name for name in measured.metrics if name.startswith("auroc/")} == {f"auroc/{m}" for m in METHODS}
+    assert measured.metrics["auroc/knn_shapley_inputs"] > 0.9
+    assert measured.metrics["sum_of_values/second_order"] == pytest.approx(
+        measured.metrics["loss_fall"], rel=0.1
+    )
+
+
+def test_models_that_cannot_take_every_set_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model@fidelity.model=gpt2-tiny has no layer"):
+        experiment("model=gpt2-tiny")
+    with pytest.raises(
+        ConfigError, match=r"fidelity\.texts=\[movies\] are no images, and .*=cnn takes nothing"
+    ):
+        experiment("model=cnn", "texts=[movies]", f"ratings={tmp_path}")
 
 
 def test_auroc_within_a_label_does_not_see_what_labels_differ_in() -> None:
@@ -70,7 +89,7 @@ def test_auroc_within_a_label_does_not_see_what_labels_differ_in() -> None:
         ("noise=0", r"fidelity\.noise=0\.0 is no share of labels to flip"),
         ("image_lr=[]", r"fidelity\.image_lr=\[\] must name rates above 0"),
         ("text_lr=[1,-1]", r"fidelity\.text_lr=\[1\.0,-1\.0\] must name rates above 0"),
-        ("hidden=[]", r"fidelity\.hidden=\[\] must name a width"),
+        ("model.hidden=[0]", r"In fidelity: model\.hidden=\[0\]"),
         ("image_epochs=0", r"fidelity\.image_epochs=0 is too small"),
         ("images=[]", r"fidelity\.images=\[\] and fidelity\.texts=\[\] leave no data"),
     ],

@@ -40,4 +40,6 @@ Schedule = StrEnum("Schedule", ["constant", "cosine", "linear"])
 NonFinite = StrEnum("NonFinite", ["stop", "skip", "mark"])
 RetrainEngine = StrEnum("RetrainEngine", ["regular", "scored"])
 ProjectionKind = StrEnum("ProjectionKind", ["gaussian", "rademacher", "orthonormal"])
-ExperimentName = StrEnum("ExperimentName", ["one_step", "mislabel", "text", "domains", "lds", "selection"])
+ExperimentName = StrEnum(
+    "ExperimentName", ["one_step", "mislabel", "text", "dropping", "domains", "lds", "selection"]
+)

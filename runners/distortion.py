@@ -32,9 +32,9 @@ from runners.distortion_report import Draw, Measurement, metrics, samples, table
 from runners.layers import layer_selection
 from runners.losses import Task, build_task
 from runners.report import REPORT_FILE, headline, leave_report
+from runners.summary import print_whole
 from runners.tracking import NullTracker, build_tracker
 from runners.train import build_placed, prepare_machine, record_setup
-from runners.verification import print_whole
 
 log = logging.getLogger(__name__)
 

@@ -164,6 +164,13 @@ def print_ways_on(
         print_line(console, f"{label:<16} {text}")
 
 
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is: names folded letter by letter could not be read, nor searched for."""
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1_000)).maximum
+    Console(width=max(console.width, needed)).print(table)
+
+
 def print_line(console: Console, text: str) -> None:
     """Print without markup and without breaking lines, so that commands and links can be copied whole."""
     console.print(Text(text), soft_wrap=True, highlight=False)

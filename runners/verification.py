@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from runners.data import build_data
 from runners.data.loader import train_batches
 from runners.losses import build_task
 from runners.optim import build_scaler
+from runners.summary import print_whole
 from runners.train import build_placed, ghost_config, prepare_machine, validation_data
 
 log = logging.getLogger(__name__)
@@ -55,13 +55,6 @@ def _verification(cfg: DictConfig, out: Path) -> Verification:
         val_data=validation_data(cfg, data, task), loss_fn=task.mean, scaler=build_scaler(cfg, device),
         rows=rows,
     )  # fmt: skip
-
-
-def print_whole(table: Table) -> None:
-    """Print a table as wide as it is: names folded letter by letter could not be read, nor searched for."""
-    console = Console()
-    needed = console.measure(table, options=console.options.update(width=1_000)).maximum
-    Console(width=max(console.width, needed)).print(table)
 
 
 def _table(found: Verification) -> Table:

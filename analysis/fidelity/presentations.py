@@ -67,6 +67,10 @@ class Presentation:
 
 _VALUES = ("first_order", "second_order")
 _FIRST_ORDER = {METHOD: "first_order"}
+_DROPPING = (
+    Published("0.16", "negative_share", ("first_order",)),
+    Published("0.25", "iterations_saved", ("first_order",)),
+)
 
 PRESENTATIONS: dict[str, Presentation] = {
     "one_step": Presentation(
@@ -87,14 +91,8 @@ PRESENTATIONS: dict[str, Presentation] = {
             Published("0.76", "auroc", ("knn_shapley",)),
         ),
     ),
-    "text": Presentation(
-        drawn=("bad_in_lowest",),
-        reference=_FIRST_ORDER,
-        published=(
-            Published("0.16", "negative_share", ("first_order",)),
-            Published("0.25", "iterations_saved", ("first_order",)),
-        ),
-    ),
+    "text": Presentation(drawn=("bad_in_lowest",), reference=_FIRST_ORDER, published=_DROPPING),
+    "dropping": Presentation(drawn=("iterations_saved",), reference=_FIRST_ORDER, published=_DROPPING),
     "domains": Presentation(drawn=("own_highest", "own_highest_last"), reference=_FIRST_ORDER),
     "lds": Presentation(drawn=("lds", "lds_of_mean"), reference=_FIRST_ORDER),
     "selection": Presentation(

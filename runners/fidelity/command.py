@@ -32,7 +32,7 @@ from runners.fidelity.settings import ADDING, ExperimentConfig, deciding, finger
 from runners.progress import LiveLine, duration
 from runners.resume.lock import entered
 from runners.retrain_runs import begin
-from runners.summary import print_ways_on
+from runners.summary import print_ways_on, print_whole
 from runners.tracking import NullTracker, build_tracker, flatten
 from runners.world import ALONE
 
@@ -87,19 +87,18 @@ def _show(
     settings: ExperimentConfig, points: Sequence[Point], results: Results, tracker: NullTracker
 ) -> None:
     """The closing table on the console: means over seeds."""
-    console = Console()
     measurements = [
         Measurement({name: str(value) for name, value in point.items()}, results[point.name])
         for point in points
     ]
     for table in console_tables(str(settings.name), summarise(measurements)):
-        console.print(table)
+        print_whole(table)
     ways = {
         "Directory": str(tracker.output_dir),
         "Run it again": shlex.join([*_typed(), *_typed_folder()]),
         "Tables, figures": "python -m analysis.fidelity",
     }
-    print_ways_on(console, ways, tracker.ui_command(), tracker.run_url())
+    print_ways_on(Console(), ways, tracker.ui_command(), tracker.run_url())
 
 
 def _tags(settings: ExperimentConfig, points: Sequence[Point]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from runners.fidelity.mislabel import Mislabel, MislabelConfig
 from runners.fidelity.one_step import OneStep, OneStepConfig
 from runners.fidelity.selection import Selection, SelectionConfig
 from runners.fidelity.settings import ExperimentConfig
-from runners.fidelity.text import Text, TextConfig
+from runners.fidelity.text import DroppingConfig, Text, TextConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ EXPERIMENTS: dict[str, Kind] = {
     "one_step": Kind(OneStepConfig, OneStep),
     "mislabel": Kind(MislabelConfig, Mislabel),
     "text": Kind(TextConfig, Text),
+    "dropping": Kind(DroppingConfig, Text),
     "domains": Kind(DomainsConfig, Domains),
     "lds": Kind(LDSConfig, LDS),
     "selection": Kind(SelectionConfig, Selection),

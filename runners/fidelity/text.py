@@ -59,6 +59,13 @@ class TextConfig(PlantedConfig):
     copies: int = key("copies of each")
 
 
+@dataclass
+class DroppingConfig(TextConfig):
+    """The same where dropping could save something: what is bad is much, and nothing is learned by heart."""
+
+    name: ExperimentName = fixed(ExperimentName.dropping)
+
+
 class Text:
     """Points: optimizer, seed."""
 

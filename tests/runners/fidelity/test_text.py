@@ -11,7 +11,7 @@ from runners.errors import DataError
 from runners.fidelity.experiment import Point
 from runners.fidelity.language import corpus, language_model, mean_loss, rows_of, token_loss, tokens_of, width
 from runners.fidelity.planting import plant
-from runners.fidelity.text import Text, TextConfig, Trial
+from runners.fidelity.text import DroppingConfig, Text, TextConfig, Trial
 from runners.fidelity.text_measures import bad_in_lowest, negative_share, saved, value_of_copies
 from runners.tokenizer import load_tokenizer
 from tests.runners.fidelity.composed import TINY_LANGUAGE, composed
@@ -62,6 +62,12 @@ def test_a_run_that_never_learns_is_refused(bad: dict[int, float]) -> None:
 def test_points_are_optimizers_and_seeds() -> None:
     names = [point.name for point in experiment("seeds=[0,1]").points()]
     assert names == ["sgd-seed0", "adamw-seed0", "sgd-seed1", "adamw-seed1"]
+
+
+def test_dropping_sees_every_sample_once() -> None:
+    settings = composed(DroppingConfig, "dropping")
+    assert settings.steps * settings.batch_size == settings.data.train_samples
+    assert [point.name for point in Text(settings, CPU).points()][:2] == ["adamw-seed1", "adamw-seed2"]
 
 
 @pytest.mark.parametrize(

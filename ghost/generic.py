@@ -7,7 +7,7 @@ batched pass: what comes out is `∂⟨grad_i, f(θ, x_i)⟩/∂θ` for every sa
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +26,7 @@ from ghost.step import StepState, Unit
 from ghost.taps import Tap, wide
 
 Leaves = list[Any]
+_SAVED = object()  # stands in a packed call for a tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,20 @@ class ModuleCall:
     owned: tuple[int, ...]
     outputs: tuple[Tensor, ...]
     autocast: tuple[str, torch.dtype, bool]
+
+    def packed(self) -> tuple["ModuleCall", list[Tensor]]:
+        """The call without its tensors, and these: autograd lets go of what it saves once a backward is done,
+        and activation checkpointing does not keep it at all.
+        """
+        tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        empty = [_SAVED if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return replace(self, leaves=empty, outputs=()), [*tensors, *self.outputs]
+
+    def unpacked(self, tensors: Sequence[Tensor]) -> "ModuleCall":
+        """The call with the tensors of `packed`."""
+        saved = iter(tensors)
+        leaves = [next(saved) if leaf is _SAVED else leaf for leaf in self.leaves]
+        return replace(self, leaves=leaves, outputs=tuple(saved))
 
     @property
     def rule(self) -> WholeRule:
@@ -191,15 +206,21 @@ class GenericFunction(Function):
     def forward(
         ctx: Any, tap: Tap, call: ModuleCall, outputs: int, targets: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.tap, ctx.call = tap, call
-        ctx.save_for_backward(*tensors[len(tensors) - targets :])
+        ctx.call, kept = call.packed()
+        ctx.tap, ctx.outputs, ctx.targets = tap, outputs, targets
+        ctx.save_for_backward(*tensors[len(tensors) - targets :], *kept)
         found = tensors[:outputs]
         ctx.mark_dirty(*found)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        targets = ctx.tap.fetch(ctx.saved_tensors, grads[0].device)
+        own = ctx.next_functions[ctx.outputs : len(ctx.next_functions) - ctx.targets]
+        if not ctx.tap.is_asked(own):
+            return None, None, None, None, *grads, *(None for _ in range(len(own) + ctx.targets))
+        saved = ctx.saved_tensors
+        targets = ctx.tap.fetch(saved[: ctx.targets], grads[0].device)
+        call = ctx.call.unpacked(saved[ctx.targets :])
         with unnarrowed(grads[0]):
-            found = ctx.tap.backward(ctx.call.unit, ctx.call.sample_gradients(grads), targets)
+            found = ctx.tap.backward(call.unit, call.sample_gradients(grads), targets)
         return None, None, None, None, *grads, *found

@@ -128,7 +128,7 @@ class Instrument:
         if isinstance(tap.layer.rule, WholeRule):
             return _between_graphs(functools.partial(self._run_whole, tap, hand, original))
         if name in self._tables:
-            run = functools.partial(self._run_table, self._tables[name], original)
+            run = functools.partial(self._run_table, self._tables[name], tap, original)
         elif name in self._heads:
             run = functools.partial(self._run_head, self._heads[name], tap, original)
         else:
@@ -292,7 +292,7 @@ class Instrument:
         )  # fmt: skip
         return tapped.view(output.shape)
 
-    def _run_table(self, tie: Tie, original: Forward, x: Tensor) -> Tensor:
+    def _run_table(self, tie: Tie, tap: Tap, original: Forward, x: Tensor) -> Tensor:
         state, table, head = self.state, tie.table, tie.head
         if x.dim() != 2:
             raise BatchError(
@@ -301,7 +301,7 @@ class Instrument:
             )
         unit = state.rows
         output, *slots = TiedTableFunction.apply(
-            unit, self._run_untapped(table, original, x, unit), self._input_rows(table, x, unit),
+            tap, unit, self._run_untapped(table, original, x, unit), self._input_rows(table, x, unit),
             table.module.padding_idx, self._live(table)["weight"], state.probes[table.name, "weight"],
             state.probes[head.name, "weight"],
         )  # fmt: skip

@@ -195,6 +195,8 @@ class KeepingTap(Tap):
         kept: Where to.
     """
 
+    keeps = True
+
     kept: Kept = field(repr=False, compare=False)
 
     def backward(

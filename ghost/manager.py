@@ -171,12 +171,14 @@ class GhostEngineManager:
             )
 
     def _refuse_early_step(self) -> None:
-        """While the samples' weights are not known, `.grad` lacks what the optimizer would step on."""
-        if self._reweighting is not None and self._step is not None and not self._complete:
+        """Before a step's end its samples' scores are not known, nor with a policy what `.grad` is."""
+        if self._step is not None and not self._complete:
+            known = (
+                "scores are known" if self._reweighting is None else f"{self.config.deferred_by} fills .grad"
+            )
             raise ProtocolError(
-                f"optimizer.step() came before the end of step {self._step.iteration}, where "
-                f"{self.config.deferred_by} fills .grad: call optimizer.step() after the with-block of the "
-                "last micro-batch, or after prepare_gradients()."
+                f"optimizer.step() came before the end of step {self._step.iteration}, where {known}: call "
+                "it after the with-block of the last micro-batch, or after prepare_gradients()."
             )
 
     def attach_train_batch(
@@ -206,7 +208,7 @@ class GhostEngineManager:
         if self._step is not None and self._step.iteration != iteration:
             raise ProtocolError(
                 f"step {self._step.iteration} is still open at iteration {iteration}: call "
-                "prepare_gradients() after its last backward."
+                "prepare_gradients() after its last backward, or drop_step() where that failed."
             )
         if type(iteration) is not int:
             raise BatchError(f"iteration={shown(iteration)} should be a whole number, the optimizer step.")
@@ -261,8 +263,7 @@ class GhostEngineManager:
             X, Y, batch_idx, iteration, share: As for `attach_train_batch`.
             last: Whether this is the step's last micro-batch.
         """
-        finished = False
-        try:
+        with self._dropped_where_it_fails():
             self.attach_train_batch(X, Y, iteration, batch_idx, share)
             scored = ScoredStep(self, *self.engine.forward_inputs(X, Y))
             yield scored
@@ -272,10 +273,6 @@ class GhostEngineManager:
                     "validation rows' weight in the gradient."
                 )
             self._close_micro_batch()
-            finished = True
-        finally:
-            if not finished:
-                self._abandon_step()
         scored.close()
         if last:
             self.prepare_gradients()
@@ -384,15 +381,18 @@ class GhostEngineManager:
         return scores if self.config.pairwise or self.engine.columns != ("",) else scores[:, 0]
 
     def drop_step(self) -> None:
-        """Instead of `optimizer.step()`: forget the step, as if it had not begun.
+        """Forget the step, in place of `optimizer.step()` or where it failed, as if it had not begun.
 
         Raises:
-            ProtocolError: No step is complete, or the optimizer has taken it.
+            ProtocolError: No step has begun, or the optimizer has taken it.
         """
+        if self._step is not None and not self._complete:
+            self._abandon_step()
+            return
         if not self._complete or self._observer.take() is not None:
             raise ProtocolError(
-                "drop_step() comes after prepare_gradients(), in place of optimizer.step(): there is no step "
-                "to drop."
+                "drop_step() comes in place of optimizer.step(), and there is no step to drop: none has "
+                "begun, or the optimizer has taken it."
             )
         self._step, self._complete = None, False
         self.engine.load_state_dict(self._before)
@@ -403,7 +403,7 @@ class GhostEngineManager:
             raise ProtocolError("aggregate_and_log() comes after prepare_gradients() and optimizer.step().")
 
     def clear_gradients(self) -> None:
-        """For GhostSuite's loops: nothing is kept on parameters, so there is nothing to clear."""
+        """For GhostSuite's loops: nothing is kept on parameters."""
 
     def should_save_metrics(self, iteration: int) -> bool:
         """Whether a score shard is due after this step."""
@@ -458,9 +458,11 @@ class GhostEngineManager:
         update = self._observer.take()
         if update is not None:
             self.engine.note_update(update)
-        if self._log is not None and step.scores[0]:
-            self._rows.append(self._log, step)
-        step.samples = []
+        try:
+            if self._log is not None and step.scores[0]:
+                self._rows.append(self._log, step)
+        finally:
+            step.samples = []  # a step that is refused is refused once
 
     def detach_for_evaluation(self) -> None:
         """Leave the model as it was before the manager came; a micro-batch in progress is dropped."""
@@ -475,6 +477,8 @@ class GhostEngineManager:
         self.engine.detach()
         for hook in self._ddp_hooks:
             hook.remove()
+        if not self._complete or self._observer.take() is not None:
+            self._before = {}  # there is no step that could be taken again
         self.is_active = False
 
     def reattach_after_evaluation(self) -> None:
@@ -490,17 +494,19 @@ class GhostEngineManager:
         self.is_active = True
 
     def cleanup(self) -> None:
-        """Write what is pending and detach; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._complete:
-            self._write_rows()
-        if self._log is not None:
-            self._log.flush()
-        self._observer.close()
-        self.detach_for_evaluation()
-        self.engine.close()
+        """Write what is pending and detach; a second call writes what the first could not."""
+        try:
+            if self._complete:
+                self._write_rows()
+            if self._log is not None:
+                self._log.flush()
+        finally:
+            if not self._closed:
+                self._closed = True
+                self._observer.close()
+                self.detach_for_evaluation()
+                self.engine.close()
+                self._before = {}
 
     def _note_wrapper(self, *_: Any) -> None:
         self._wrapper_called = True
@@ -530,28 +536,40 @@ class GhostEngineManager:
     def _close_micro_batch(self) -> None:
         assert self._step is not None
         step, self._step, self._micro_batch_open = self._step, None, False
-        if self._ddp is not None and not self._wrapper_called:
-            self.engine.abandon()
-            raise ProtocolError(
-                "the forward went past DistributedDataParallel, so gradients are of one rank alone: call the "
-                "wrapped model."
-            )
-        step.scores.append(self.engine.collect())  # where this fails, the step is dropped
-        self.engine.keep(step.samples[-1])
+        with self._dropped_where_it_fails():
+            if self._ddp is not None and not self._wrapper_called:
+                raise ProtocolError(
+                    "the forward went past DistributedDataParallel, so gradients are of one rank alone: call "
+                    "the wrapped model."
+                )
+            step.scores.append(self.engine.collect())
+            self.engine.keep(step.samples[-1])
         self._step = step
 
     def _finish_scores(self) -> None:
         """What the engine scores once the step's whole gradient is known."""
         assert self._step is not None
         step, self._step = self._step, None
-        step.rates = self._observer.rates()
-        lr = step.rates.tolist()
-        by_parameter = {key: lr[group] for key, group in self._observer.groups().items()}
-        if self._reweighting is not None:
-            decision = self._reweighting(step, by_parameter)
-            step.weights, step.gram = decision.weights, decision.gram
-        step.curvatures = self.engine.finish(by_parameter)
-        self._step = step  # where this fails, the step is dropped
+        with self._dropped_where_it_fails():
+            step.rates = self._observer.rates()
+            lr = step.rates.tolist()
+            by_parameter = {key: lr[group] for key, group in self._observer.groups().items()}
+            if self._reweighting is not None:
+                decision = self._reweighting(step, by_parameter)
+                step.weights, step.gram = decision.weights, decision.gram
+            step.curvatures = self.engine.finish(by_parameter)
+        self._step = step
+
+    @contextmanager
+    def _dropped_where_it_fails(self) -> Iterator[None]:
+        """Forget the step in progress where the block raises."""
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            if not finished:
+                self._abandon_step()
 
     def _abandon_step(self) -> None:
         """Forget the step in progress; one that is complete stays, to be logged."""

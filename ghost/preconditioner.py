@@ -59,7 +59,7 @@ class UpdateRule(ABC):
         self.read_groups()
 
     def read_groups(self) -> None:
-        """Take up the optimizer's parameter groups as they are now: `load_state_dict` gives it new ones.
+        """Take up what the optimizer is as a step begins: `load_state_dict` gives it new groups.
 
         Raises:
             GhostConfigError: A setting is not handled.
@@ -127,6 +127,10 @@ class AdamStep(NamedTuple):
 class AdamRule(UpdateRule):
     """`torch.optim.Adam` and `AdamW`."""
 
+    def read_groups(self) -> None:
+        super().read_groups()
+        self._counts = _step_counts(self._optimizer)
+
     def _refuse(self, optimizer: torch.optim.Optimizer) -> None:
         refuse_settings(optimizer, amsgrad=False, maximize=False)
 
@@ -139,7 +143,7 @@ class AdamRule(UpdateRule):
 
     def _steps(self, p: nn.Parameter) -> int:
         """Steps that the parameter has behind it."""
-        return int(self._optimizer.state.get(p, {}).get("step", 0))
+        return self._counts.get(id(p), 0)
 
     def step(self, p: nn.Parameter) -> AdamStep:
         """The coming step."""
@@ -157,10 +161,27 @@ class AdamRule(UpdateRule):
     def tensors(self, p: nn.Parameter) -> list[Tensor]:
         """What `slope` reads: the step's numbers `[6]` float64 on the CPU, then m, v and the parameter."""
         state = self._optimizer.state.get(p, {})
-        nothing = p.detach().new_zeros(()).expand(p.shape)
-        moments = [state.get("exp_avg", nothing), state.get("exp_avg_sq", nothing)]
+        # A zero for each: compiled code takes no tensor twice.
+        moments = [
+            state[name] if name in state else p.detach().new_zeros(()).expand(p.shape)
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
         numbers = torch.tensor(self.step(p), dtype=torch.float64)
         return [numbers, *moments, p.detach()]
+
+
+def _step_counts(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """Steps that each parameter has behind it, by `id`. Fused and capturable optimizers count on the GPU, and
+    their counts come in one transfer.
+    """
+    counts = {id(p): state["step"] for p, state in optimizer.state.items() if "step" in state}
+    remote: dict[torch.device, list[int]] = {}
+    for key, count in counts.items():
+        if isinstance(count, Tensor) and count.device.type != "cpu":
+            remote.setdefault(count.device, []).append(key)
+    for keys in remote.values():
+        counts |= zip(keys, torch.stack([counts[key] for key in keys]).tolist(), strict=True)
+    return {key: int(count) for key, count in counts.items()}
 
 
 def slope(step: AdamStep, grad: Tensor, squares: Tensor, m: Tensor, v: Tensor, p: Tensor | None) -> Tensor:

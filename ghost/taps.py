@@ -50,6 +50,7 @@ class Tap(ABC):
 
     Attributes:
         gives_gradients: Whether it defines the gradients of the layer's parameters.
+        keeps: Whether what its backward sees is kept for the end of the step.
         scored: The parts of each parameter that are scored, by its name in the layer.
         how: The algebra for matrices.
         choices: Where it is written down which one was taken.
@@ -57,6 +58,7 @@ class Tap(ABC):
     """
 
     gives_gradients: ClassVar[bool] = True
+    keeps: ClassVar[bool] = False
 
     layer: Layer
     scored: Mapping[str, Parts]
@@ -67,6 +69,28 @@ class Tap(ABC):
     def __post_init__(self) -> None:
         plans = {key: self.choices.plan(self.layer.qualified(key)) for key in self.layer.params}
         object.__setattr__(self, "plans", plans)
+
+    def is_asked(self, edges: Sequence[tuple[Any, int]]) -> bool:
+        """Whether the backward in progress is about the tap's tensors. `autograd.grad(loss, x)`, for the
+        gradient at an input, passes by, and nothing of it belongs to the step.
+
+        Args:
+            edges: Autograd's, to the tap's parameters and probes.
+
+        Raises:
+            UnsupportedModelError: It is to be differentiated again.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        if torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"layer {self.layer.name!r} is differentiated with create_graph=True, and a second "
+                "derivative does not pass its tap: take such a term of the loss in a backward of its own, "
+                "outside of the scored step."
+            )
+        # Gradients of weights alone, for something else than `.grad`, are not the step's either.
+        own = edges[-len(self.scored) :] if self.keeps and self.scored else edges
+        return any(_is_reached(node) for node, _ in own if node is not None)
 
     def sample_gradients(self, x: Tensor, grad: Tensor) -> dict[str, SampleGradients]:
         """Per-sample gradients of the layer's trainable parameters, in their order."""
@@ -97,6 +121,14 @@ class Tap(ABC):
             gradients: Per-sample gradients of every trainable parameter.
             targets: Validation gradients `[C, *shape]` of the scored parameters, where the tap has any.
         """
+
+
+def _is_reached(node: Any) -> bool:
+    """Whether the backward in progress gets to a node of autograd's graph."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf whose gradient `autograd.grad` returns
+        return True
 
 
 def note_backward(layer: Layer, state: StepState, otherwise: str) -> None:
@@ -270,6 +302,9 @@ class TapFunction(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, *targets = ctx.saved_tensors
+        edges = ctx.next_functions[2 : len(ctx.next_functions) - len(targets)]
+        if not ctx.tap.is_asked(edges):
+            return None, None, grad, None, None, None, *(None for _ in (*edges, *targets))
         with unnarrowed(grad):
             gradients = ctx.tap.sample_gradients(x, grad.reshape(ctx.shape))
             found = ctx.tap.backward(ctx.unit, gradients, ctx.tap.fetch(targets, grad.device))
@@ -291,10 +326,10 @@ class TiedTableFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, unit: Unit, output: Tensor, ids: Tensor, padding_idx: int | None, weight: Tensor,
-        probe: Tensor, head_probe: Tensor,
+        ctx: Any, tap: Tap, unit: Unit, output: Tensor, ids: Tensor, padding_idx: int | None,
+        weight: Tensor, probe: Tensor, head_probe: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.unit, ctx.padding_idx, ctx.num_rows = unit, padding_idx, weight.shape[0]
+        ctx.tap, ctx.unit, ctx.padding_idx, ctx.num_rows = tap, unit, padding_idx, weight.shape[0]
         ctx.save_for_backward(ids)
         ctx.mark_dirty(output)
         rows, tokens, width = output.shape
@@ -312,6 +347,8 @@ class TiedTableFunction(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, columns, inputs, val_columns, val_inputs = grads
         (ids,) = ctx.saved_tensors
+        if not ctx.tap.is_asked(ctx.next_functions[2:]):
+            return None, None, grad, None, None, None, None, None
         real = 1 if ctx.padding_idx is None else (ids != ctx.padding_idx)[:, :, None]
         train, val = RowGathers(ids, grad * real, ctx.num_rows).split(ctx.unit.train)
         tokens = [size * ids.shape[1] for size in ctx.unit.sizes]  # validation tokens of each column
@@ -325,7 +362,7 @@ class TiedTableFunction(Function):
                 dots.append(train.dot_compact(*part.compact()) + row_dots(head_val_grad, train.grad))
                 head_dots.append(row_dots(at_val @ part.grad.flatten(0, 1), inputs))
         found = torch.stack(dots, 1)[None], torch.stack(head_dots, 1)[None]  # [1, b, C] each
-        return None, grad, None, None, train.sum(), *found
+        return None, None, grad, None, None, train.sum(), *found
 
 
 class TiedHeadFunction(Function):
@@ -347,6 +384,8 @@ class TiedHeadFunction(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, ids = ctx.saved_tensors
+        if not ctx.tap.is_asked(ctx.next_functions[3:5]):
+            return None, None, grad, *(None for _ in range(8))
         tied = wide(grad)
         b = ctx.unit.train
         train_ids, val_ids = ids[:b].flatten(), ids[b:].flatten()  # [b*T], [S]

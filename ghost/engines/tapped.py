@@ -140,6 +140,14 @@ class TappedEngine(Engine):
                 f"the layers {sorted(unchecked)} have rows and positions in one axis, whose order is checked "
                 f"when the {type(self.model).__name__} itself is called: call the model as a whole."
             )
+        if waiting := next(iter(self.state.slope_uses.values()), None):
+            name = waiting[0].layer.name
+            self.abandon()
+            raise UnsupportedModelError(
+                f"layer {name!r} ran more often than the backward came by, and scores of the optimizer's own "
+                "step wait for all uses of a parameter: run what is not in the loss under torch.no_grad(), "
+                "or set preconditioner='none'."
+            )
         if not computed:
             self.abandon()
             raise ProtocolError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ghost.distributed import plain_type
+from ghost.errors import UnsupportedModelError
 from ghost.gradients import SampleGradients
 
 
@@ -129,8 +130,21 @@ class Layer:
     def live(self) -> dict[str, nn.Parameter]:
         """The parameters as the module has them now: under FSDP2 whole ones take the place of the shards
         within its forward and backward.
+
+        Raises:
+            UnsupportedModelError: One is no parameter now.
         """
-        return {key: self.module.get_parameter(key) for key in self.params}
+        found = {}
+        for key in self.params:
+            owner, _, own = key.rpartition(".")
+            value = getattr(self.module.get_submodule(owner), own)
+            if not isinstance(value, nn.Parameter):
+                raise UnsupportedModelError(
+                    f"layer {self.name!r} has a {type(value).__name__} for its parameter {key!r}, as under "
+                    "torch.func.functional_call: give it an nn.Parameter, or the model its own parameters."
+                )
+            found[key] = value
+        return found
 
     def qualified(self, param: str) -> str:
         """The parameter's qualified name."""

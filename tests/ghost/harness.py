@@ -1,6 +1,7 @@
 """One scored step of a model, and the comparison of its numbers with the plain way's."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 
 from ghost import GhostEngineManager, LossReduction
 from ghost.batch import row_count
+from ghost.values import read_shards
 from tests.ghost import reference
-from tests.ghost.reference import Gradient, LossFn, Rows
+from tests.ghost.models import mlp, table
+from tests.ghost.reference import Gradient, LossFn, Rows, class_loss
 
 EXACT = 1e-10
 """Relative tolerance in float64."""
@@ -101,3 +104,37 @@ MODES: dict[str, dict[str, Any]] = {
     "separate": {"val_mode": "separate"},
     "bitwise": {"val_mode": "separate", "bitwise": True},
 }
+
+
+class Run:
+    """An MLP under a manager, a step at a time."""
+
+    def __init__(
+        self, config: dict[str, Any] | None = None, optimizer: Any = None, scaler: Any = None, **options: Any
+    ) -> None:
+        self.model = options.pop("model", None) or mlp()
+        self.train, self.val = table(6), table(3)
+        self.optimizer = optimizer or torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.scaler = scaler
+        settings = {"loss_reduction": "sample_mean", "val_batch_size": 3} | (config or {})
+        self.manager = GhostEngineManager(
+            settings, self.model, self.optimizer, val_data=self.val, loss_fn=class_loss, scaler=scaler
+        )
+
+    def backward(self, t: int) -> Tensor:
+        self.optimizer.zero_grad()
+        with self.manager.step(*self.train, batch_idx=range(6), iteration=t) as step:
+            step.backward(class_loss(self.model, step.X, step.Y))
+        return self.manager.scores
+
+    def step(self, t: int) -> Tensor:
+        scores = self.backward(t)
+        self.optimizer.step()
+        self.manager.aggregate_and_log()
+        return scores
+
+    def rows(self, directory: Path) -> dict[str, Tensor]:
+        """All rows, after `cleanup`."""
+        self.manager.cleanup()
+        shards = list(read_shards(directory / "scores"))
+        return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}

@@ -24,7 +24,7 @@ from ghost import (
 from ghost.batch import Inputs
 from ghost.values import accumulate, read_shards
 from tests.ghost import reference
-from tests.ghost.harness import MODES, OWN_LOSS, assert_exact, assert_gradients, assert_near, grads_of
+from tests.ghost.harness import MODES, OWN_LOSS, Run, assert_exact, assert_gradients, assert_near, grads_of
 from tests.ghost.models import mlp, table, tiny_gpt2, tokens
 from tests.ghost.reference import causal_loss, class_loss, own_loss
 
@@ -152,40 +152,6 @@ def test_dicts_of_any_keys_and_non_tensors() -> None:
 
 
 # --- the optimizer's part -----------------------------------------------------------------------------------
-
-
-class Run:
-    """An MLP under a manager, a step at a time."""
-
-    def __init__(
-        self, config: dict[str, Any] | None = None, optimizer: Any = None, scaler: Any = None, **options: Any
-    ) -> None:
-        self.model = options.pop("model", None) or mlp()
-        self.train, self.val = table(6), table(3)
-        self.optimizer = optimizer or torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.scaler = scaler
-        settings = {"loss_reduction": "sample_mean", "val_batch_size": 3} | (config or {})
-        self.manager = GhostEngineManager(
-            settings, self.model, self.optimizer, val_data=self.val, loss_fn=class_loss, scaler=scaler
-        )
-
-    def backward(self, t: int) -> Tensor:
-        self.optimizer.zero_grad()
-        with self.manager.step(*self.train, batch_idx=range(6), iteration=t) as step:
-            step.backward(class_loss(self.model, step.X, step.Y))
-        return self.manager.scores
-
-    def step(self, t: int) -> Tensor:
-        scores = self.backward(t)
-        self.optimizer.step()
-        self.manager.aggregate_and_log()
-        return scores
-
-    def rows(self, directory: Path) -> dict[str, Tensor]:
-        """All rows, after `cleanup`."""
-        self.manager.cleanup()
-        shards = list(read_shards(directory / "scores"))
-        return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
 
 @each_mode
@@ -370,16 +336,6 @@ def test_a_disabled_scaler_is_no_scaler(tmp_path: Path) -> None:
 # --- order of calls, and errors -----------------------------------------------------------------------------
 
 
-def test_cleanup_twice(tmp_path: Path) -> None:
-    run = Run({"result_dir": tmp_path})
-    run.step(0)
-    for _ in range(2):
-        run.manager.cleanup()
-    assert len(list(read_shards(tmp_path / "scores"))) == 1
-    assert not run.manager.is_active
-    assert not run.optimizer._optimizer_step_pre_hooks
-
-
 def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = Run()
@@ -434,63 +390,6 @@ def test_a_step_without_its_backward_is_refused(own_backward: bool) -> None:
     with pytest.raises(ProtocolError, match=r"without step\.backward\(loss\)"):
         wrong_step()
     assert_near(run.step(1), expected)
-
-
-@each_mode
-@pytest.mark.parametrize("where", ["before the forward", "after the forward", "after the backward"])
-def test_an_exception_inside_a_step_leaves_the_manager_usable(
-    mode: dict[str, Any], where: str, tmp_path: Path
-) -> None:
-    run = Run(mode | {"result_dir": tmp_path})
-    expected = reference.scores(run.model, class_loss, run.train, run.val, BY_SAMPLE)
-
-    def failing_step() -> None:
-        with run.manager.step(*run.train, batch_idx=range(6), iteration=0) as step:
-            if where != "before the forward":
-                loss = class_loss(run.model, step.X, step.Y)
-                if where == "after the backward":
-                    step.backward(loss)
-            raise KeyError("the user's own")
-
-    with pytest.raises(KeyError, match="the user's own"):
-        failing_step()
-    assert_near(run.step(1), expected)
-    assert run.rows(tmp_path)["step"].unique().tolist() == [1]
-
-
-def test_an_exception_in_a_later_step_keeps_the_earlier_rows(tmp_path: Path) -> None:
-    run = Run({"result_dir": tmp_path})
-    run.step(0)
-    with pytest.raises(KeyError), run.manager.step(*run.train, batch_idx=range(6), iteration=1):
-        raise KeyError("the user's own")
-    run.step(2)
-    assert run.rows(tmp_path)["step"].unique().tolist() == [0, 2]
-
-
-def test_a_refused_batch_leaves_the_manager_usable(tmp_path: Path) -> None:
-    run = Run({"result_dir": tmp_path})
-    X, Y = run.train
-    for t, (inputs, labels, ids) in enumerate(((X, Y, [0]), (X, Y[:2], range(6)), (X[:, :2], Y, range(6)))):
-        with (
-            pytest.raises(BatchError),
-            run.manager.step(inputs, labels, batch_idx=ids, iteration=t) as step,
-        ):
-            step.backward(class_loss(run.model, step.X, step.Y))
-    run.step(3)
-    assert run.rows(tmp_path)["step"].unique().tolist() == [3]
-
-
-def test_a_forward_that_failed_in_the_protocol_loop_can_be_left_behind(tmp_path: Path) -> None:
-    run = Run({"result_dir": tmp_path})
-    run.manager.attach_train_batch(*run.train, 0, range(6))
-    with pytest.raises(ProtocolError, match=r"found no gradient"):
-        run.manager.prepare_gradients()
-    run.step(1)
-    run.manager.attach_train_batch(*run.train, 2, range(6))
-    run.manager.detach_for_evaluation()
-    run.manager.reattach_after_evaluation()
-    run.step(3)
-    assert run.rows(tmp_path)["step"].unique().tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(

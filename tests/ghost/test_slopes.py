@@ -475,12 +475,13 @@ def test_verify_is_of_plain_scores(text: tuple[Rows, Rows]) -> None:
         ghost.verify(models.tiny_gpt2(), {"preconditioner": "auto"}, (X, Y), val)
 
 
+@pytest.mark.parametrize("warm_up", [0, 1])
 @pytest.mark.parametrize("val_mode", ["concat", "separate"])
-def test_compiled(text: tuple[Rows, Rows], val_mode: str) -> None:
+def test_compiled(text: tuple[Rows, Rows], val_mode: str, warm_up: int) -> None:
     torch._dynamo.reset()
     train, val = text
     model = models.tiny_gpt2(tied=False).double()
-    optimizer = warmed(model, torch.optim.AdamW, val, reference.causal_loss, 1)
+    optimizer = warmed(model, torch.optim.AdamW, val, reference.causal_loss, warm_up)
     eager = scored(model, optimizer, {"val_mode": val_mode}, train, val, reference.causal_loss).scores
     model.zero_grad()
     config = {"val_mode": val_mode, "preconditioner": "auto", "credit": "step"}

@@ -108,14 +108,14 @@ def test_a_backward_that_failed_in_the_protocol_loop_is_dropped(mode: dict[str, 
     assert run.rows(tmp_path)["sample"].tolist() == list(range(6))
 
 
-def test_a_step_left_open_says_how_to_drop_it() -> None:
+def test_a_step_left_open_is_named_with_how_to_drop_it() -> None:
     run = Run()
-    with run.manager.step(*run.train, batch_idx=range(6), iteration=0, last=False) as step:
+    with run.manager.step(*run.train, batch_idx=range(6), iteration=3, last=False) as step:
         step.backward(class_loss(run.model, step.X, step.Y))
-    with pytest.raises(ProtocolError, match=r"or drop_step\(\) where that failed"):
-        run.manager.attach_train_batch(*run.train, 1, range(6))
+    with pytest.raises(ProtocolError, match=r"step 3 is still open at iteration 4: .* or drop_step"):
+        run.manager.attach_train_batch(*run.train, 4, range(6))
     run.manager.drop_step()
-    run.step(1)
+    run.step(4)
     run.manager.cleanup()
 
 

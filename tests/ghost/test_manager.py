@@ -367,14 +367,6 @@ def test_calls_out_of_order() -> None:
     run.step(0)
 
 
-def test_a_step_left_open_is_named() -> None:
-    run = Run()
-    with run.manager.step(*run.train, batch_idx=range(6), iteration=3, last=False) as step:
-        step.backward(class_loss(run.model, step.X, step.Y))
-    with pytest.raises(ProtocolError, match=r"step 3 is still open at iteration 4"):
-        run.manager.attach_train_batch(*run.train, 4, range(6))
-
-
 @pytest.mark.parametrize("own_backward", [True, False])
 def test_a_step_without_its_backward_is_refused(own_backward: bool) -> None:
     """`loss.backward()` inside `manager.step` would leave the joint mean's weight in every gradient."""

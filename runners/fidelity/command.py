@@ -27,7 +27,7 @@ from ghost.errors import GhostError
 from runners.environment import PROJECT, git_state
 from runners.fidelity.config import check_fidelity, experiment_of, settings_of
 from runners.fidelity.experiment import Point
-from runners.fidelity.points import Job, finished, measure, measure_apart, prepare_process
+from runners.fidelity.points import Job, finished, is_untracked, measure, measure_apart, prepare_process
 from runners.fidelity.settings import ADDING, ExperimentConfig, deciding, fingerprint
 from runners.progress import LiveLine, duration
 from runners.resume.lock import entered
@@ -77,10 +77,22 @@ def run(cfg: DictConfig) -> Results:
             Job(point, settings, cfg.hardware, cfg.tracking, out / point.name, cwd, tracker.run_id, tags)
             for point in points
         ]
+        _warn_of_untracked(jobs)
         results = _measured(jobs, cfg.jobs)
         tracker.finish()
         _show(settings, points, results, tracker)
     return results
+
+
+def _warn_of_untracked(jobs: Sequence[Job]) -> None:
+    """Say which finished points MLflow does not have: those of a call without it."""
+    missing = [job.point.name for job in jobs if job.parent_run_id is not None and is_untracked(job)]
+    if missing:
+        log.warning(
+            "%d finished points were measured with tracking=none (%s first), and MLflow does not have them: "
+            "python -m runners.upload run=%s tracking.experiment=%s brings them there",
+            len(missing), missing[0], jobs[0].folder.parent, jobs[0].tracking.experiment,
+        )  # fmt: skip
 
 
 def _show(
@@ -151,8 +163,11 @@ def _in_turn(jobs: Sequence[Job]) -> Iterator[tuple[str, dict[str, float]]]:
 
 def _side_by_side(jobs: Sequence[Job], processes: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Each point as it ends, in processes that start anew: PyTorch's threads do not survive a fork."""
-    level = logging.getLogger().level
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare_process, (level,))
+    level, context = logging.getLogger().level, multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(processes):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(processes, context, prepare_process, (level, numbers))
     names = {pool.submit(measure_apart, job): job.point.name for job in jobs}
     try:
         for future in as_completed(names):

@@ -2,6 +2,7 @@
 # ruff: noqa: RUF009 -- `key` and `fixed` return dataclass fields, not shared values
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -72,6 +73,11 @@ class Domains:
         data = corpus(self.settings, point.seed)
         log.info("%s", data.description)
         domains = _domains(data)
+        if self.settings.val_samples < len(domains):
+            refuse_setting(
+                self.settings, "val_samples", f"gives some of the {len(domains)} domains none: type more"
+            )
+        labels = dict(zip(domains, metric_labels(domains), strict=True))
         metrics: dict[str, float] = {}
         rows: list[tuple[str, int, str, str, float]] = []
         for method, settings in ADAMW_METHODS.items():
@@ -87,7 +93,7 @@ class Domains:
                 metrics[f"{name}_last/{method}"] = number
             for row, own in enumerate(domains):
                 for column, other in enumerate(domains):
-                    metrics[f"for_{other}/{method} of {own}"] = float(confusion[row, column])
+                    metrics[f"for_{labels[other]}/{method} of {labels[own]}"] = float(confusion[row, column])
             rows += [
                 (method, phase, own, other, float(matrix[row, column]))
                 for phase, matrix in enumerate(means)
@@ -125,6 +131,14 @@ def _domains(data: DataBundle) -> list[str]:
             "fidelity.data.val_samples"
         )
     return domains
+
+
+def metric_labels(domains: Sequence[str]) -> list[str]:
+    """The domains' names as parts of metrics' names, where MLflow takes some letters only and a slash parts
+    names.
+    """
+    labels = [re.sub(r"[^\w\-. ]", "_", name) for name in domains]
+    return [name if labels.count(name) == 1 else f"{name} {i}" for i, name in enumerate(labels)]
 
 
 def mean_values(values: Tensor, of: Sequence[str], domains: Sequence[str]) -> Tensor:

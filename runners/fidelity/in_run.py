@@ -99,10 +99,13 @@ def train_scored(
             after(step + 1)
     finally:
         manager.cleanup()
-    if not (first.isfinite().all() and curved.isfinite().all()):
-        raise DataError("values are not finite: the run diverged, and needs a lower learning rate")
+    fall = before - _losses(model, val, loss_fn)
+    if not all(found.isfinite().all() for found in (first, curved, fall)):
+        raise DataError(
+            "values or the loss are not finite: the run diverged, and needs a lower learning rate"
+        )
     second = first - curved if manager.config.order == 2 else None
-    return InRunValues(first, second, before - _losses(model, val, loss_fn))
+    return InRunValues(first, second, fall)
 
 
 def _losses(model: nn.Module, val: Rows | Mapping[str, Rows], loss_fn: LossFn) -> Tensor:
@@ -117,20 +120,22 @@ def _columns(scores: Tensor) -> Tensor:
 
 
 def epochs(
-    samples: int, batch_size: int, seed: int, together: Sequence[Sequence[int]] = ()
-) -> Iterator[Tensor]:
+    samples: int, batch_size: int, seed: int, together: Sequence[Sequence[int]] = (),
+    key: str = "batch_size",
+) -> Iterator[Tensor]:  # fmt: skip
     """Endless batches, positions `[b]` each; every epoch is a new permutation, whose rest that fills no batch
     is left out: in a short batch a sample would weigh more.
 
     Args:
         together: Samples that are always in one batch, each group in one of its own; no more groups than an
             epoch has batches, and none larger than a batch.
+        key: What the batch's size is called in the config.
 
     Raises:
         DataError: There are fewer samples than fill a batch.
     """
     if samples < batch_size:
-        raise DataError(f"{samples} samples do not fill a batch: lower fidelity.batch_size={batch_size}")
+        raise DataError(f"{samples} samples do not fill a batch: lower fidelity.{key}={batch_size}")
     generator = torch.Generator().manual_seed(seed)
     grouped = [i for group in together for i in group]
     single = torch.ones(samples, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """What experiments about language models share: text, models, and rows of tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from conf.schema import key
 from ghost.batch import Inputs, to_device
 from runners.choices import TaskName
 from runners.config import DataConfig, ModelConfig
-from runners.data import build_data
 from runners.data.base import Batch, DataBundle, SampleSet, token_rows
 from runners.data.loader import collate
 from runners.fidelity.in_run import Rows
-from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples
+from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples, samples_of
 from runners.losses import language_loss
 from runners.models import build_model, place
 from runners.tasks import model_task
@@ -63,7 +62,7 @@ def check_rate(name: str, rate: float) -> None:
 
 def corpus(settings: LanguageConfig, seed: int) -> DataBundle:
     """The text, its training samples drawn by the seed."""
-    return build_data(OmegaConf.structured(replace(settings.data, seed=seed)))
+    return samples_of(settings, seed)
 
 
 def width(settings: LanguageConfig) -> int:

@@ -3,14 +3,14 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from scipy.optimize import brentq
 from scipy.stats import rankdata
 from torch import Tensor, nn
@@ -21,12 +21,17 @@ from ghost import GhostConfig, GhostEngineManager, GradProjLoRAEngine, LossReduc
 from ghost.batch import Inputs
 from runners.choices import ExperimentName, TaskName
 from runners.config import DataConfig, ModelConfig
-from runners.data import build_data
 from runners.data.base import DataBundle, SampleSet
 from runners.data.loader import collate
 from runners.fidelity.experiment import Measured, Point
 from runners.fidelity.in_run import LossFn
-from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples, refuse_setting
+from runners.fidelity.settings import (
+    ExperimentConfig,
+    check_at_least,
+    check_samples,
+    refuse_setting,
+    samples_of,
+)
 from runners.losses import model_loss
 from runners.models import build_model
 from runners.tasks import model_task
@@ -96,7 +101,7 @@ class LDS:
 
     def measure(self, point: Point, folder: Path) -> Measured:
         """Train on all samples and on every subset, and hold the sums against the losses."""
-        data = build_data(self.data_config(point.seed))
+        data = samples_of(self.settings, point.seed)
         log.info("%s", data.description)
         train, val = self._all_rows(data.train), self._all_rows(data.val)
         generator = torch.Generator().manual_seed(point.seed)
@@ -119,10 +124,6 @@ class LDS:
             "losses": loss_table(losses),
         }
         return Measured(metrics, tables, {"data.fingerprint": data.fingerprint})
-
-    def data_config(self, seed: int) -> DictConfig:
-        """The config's node of a repetition's samples."""
-        return OmegaConf.structured(replace(self.settings.data, seed=seed))
 
     def _all_rows(self, samples: SampleSet) -> Samples:
         batch = collate([samples[i] for i in range(len(samples))], samples.layout)
@@ -214,7 +215,10 @@ class LDS:
             first[batch.cpu()] += lr * manager.scores.double().cpu()
             curvature[batch.cpu()] += lr**2 / 2 * manager.curvatures.double().cpu()
         manager.cleanup()
-        return {"first_order": first, "second_order": first - curvature}
+        found = {"first_order": first, "second_order": first - curvature}
+        if not all(values.isfinite().all() for values in found.values()):
+            refuse_setting(self.settings, "lr", "lets a run diverge: type less")
+        return found
 
     def _projected(self, model: nn.Module, train: Samples, val: Samples) -> dict[str, Tensor]:
         """Inner products and cosines of projected gradients at the model's weights."""
@@ -291,6 +295,8 @@ def within_reach(halves: float, half: int, runs: int) -> float:
     by the square root of both of theirs, and a perfect prediction by the square root of that of all.
     """
 
+    halves = min(halves, 1.0)  # but for rounding it is no more
+
     def reliability(single: float, k: int) -> float:
         return k * single / (1 + (k - 1) * single)
 
@@ -310,9 +316,12 @@ def loss_table(losses: Tensor) -> dict[str, list[float]]:
 
 
 def rank_correlations(ones: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spearman's correlation of each column with its counterpart, `[V]`; arguments `[m, V]`."""
+    """Spearman's correlation of each column with its counterpart, `[V]`; arguments `[m, V]`. That of a column
+    of one number, with anything, is 0.
+    """
     ranks = [rankdata(side, axis=0) for side in (ones, others)]
     centred = [side - side.mean(0) for side in ranks]
     norms = [np.linalg.norm(side, axis=0) for side in centred]
-    found: NDArray[np.float64] = (centred[0] * centred[1]).sum(0) / (norms[0] * norms[1])
+    products, scale = (centred[0] * centred[1]).sum(0), norms[0] * norms[1]
+    found: NDArray[np.float64] = np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
     return found

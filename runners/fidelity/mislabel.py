@@ -130,6 +130,9 @@ class Mislabel:
                 self.settings, "neighbours", f"are more than the {len(data.Y)} samples: type fewer"
             )
         times, batch_size = self._schedule(str(point["data"]))
+        if batch_size > len(data.Y):
+            name = "image_batch_size" if point["data"] in IMAGES else "text_batch_size"
+            refuse_setting(self.settings, name, f"is more than the {len(data.Y)} samples: type less")
         model, values = self.trained(data, float(point["lr"]), times, batch_size, point.seed)
         suspicions = self.suspicions(model, data, values, point.seed)
         metrics = values.sums()

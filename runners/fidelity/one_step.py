@@ -3,13 +3,14 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -19,13 +20,19 @@ from ghost import GhostEngineManager
 from ghost.batch import Inputs, take_rows, to_device
 from runners.choices import ExperimentName, TaskName
 from runners.config import LanguageData, ModelConfig
-from runners.data import build_data
 from runners.data.base import Batch, DataBundle
 from runners.data.loader import train_batches
+from runners.errors import DataError
 from runners.fidelity.experiment import Measured, Point
 from runners.fidelity.held_out import hold_out
 from runners.fidelity.language import rows_of
-from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples, refuse_setting
+from runners.fidelity.settings import (
+    ExperimentConfig,
+    check_at_least,
+    check_samples,
+    refuse_setting,
+    samples_of,
+)
 from runners.fidelity.shapley import MonteCarlo, monte_carlo
 from runners.fidelity.step_game import FallInLoss, StepGame, flat
 from runners.losses import language_loss
@@ -114,7 +121,7 @@ class OneStep:
 
     def measure(self, point: Point, folder: Path) -> Measured:
         """Train, then compare the step's scores with its true values."""
-        data = build_data(self.data_config(point.seed))
+        data = samples_of(self.settings, point.seed)
         log.info("%s", data.description)
         state = self.warmed_up(data, point.seed)
         lr, optimizer = float(point["lr"]), str(point["optimizer"])
@@ -129,13 +136,14 @@ class OneStep:
         values["linear_utility"] = truth.values[:, LINEAR].tolist()
         return Measured(metrics, {"values": values}, {"data.fingerprint": data.fingerprint})
 
-    def data_config(self, seed: int) -> DictConfig:
-        """The config's node of a repetition's samples."""
-        return OmegaConf.structured(replace(self.settings.data, seed=seed))
-
     def warmed_up(self, data: DataBundle, seed: int) -> State:
         """The model after the steps that come before, and the batch of the next one."""
         settings, model_cfg = self.settings, OmegaConf.structured(self.settings.model)
+        if settings.batch_size > len(data.train):
+            refuse_setting(
+                settings, "batch_size", f"is more than the {len(data.train)} samples: type less, or raise "
+                "fidelity.data.train_samples",
+            )  # fmt: skip
         torch.manual_seed(seed)
         # Dropout would make every pass another network's.
         model = build_model(model_cfg, data.vocab_size, None, None, settings.data.seq_len).eval()
@@ -152,9 +160,10 @@ class OneStep:
             hold_out(data, settings.val_samples, 0, seed).all_val, settings.data.seq_len, self.device
         )
         val = held.X, held.Y
-        log.info(
-            "After %d steps: validation loss %.3f", settings.warm_up_steps, mean_loss(model, *val).item()
-        )
+        loss = mean_loss(model, *val).item()
+        log.info("After %d steps: validation loss %.3f", settings.warm_up_steps, loss)
+        if not math.isfinite(loss):
+            refuse_setting(settings, "warm_up_lr", "lets the warm-up diverge: type less")
         return State(model, optimizer, next(rows), val)
 
     def _placed(self, batch: Batch) -> Rows:
@@ -163,12 +172,20 @@ class OneStep:
     def truth(self, state: State, optimizer: str, lr: float, seed: int) -> tuple[MonteCarlo, float]:
         """The Monte-Carlo values of both games, and the root mean square error of a utility by rounding."""
         game = step_game(state, optimizer, lr, torch.float32)
-        exact = step_game(state, optimizer, lr, torch.float64)
         found = monte_carlo(game.walk, game.players, self.settings.permutations, seed)
+        if not found.values.isfinite().all():
+            raise DataError(
+                f"fidelity.{optimizer}_lr: with {lr:g} the loss is no number after the step: type less"
+            )
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(game.players, generator=generator).tolist() for _ in range(ROUNDING_ORDERS)]
-        errors = torch.cat([(game.walk(order) - exact.walk(order))[:, REAL] for order in orders])
+        rounded = [game.walk(order)[:, REAL] for order in orders]
         log.info("%d subsets of %d samples were evaluated", game.subsets, game.players)
+        del game  # each holds all samples' gradients
+        exact = step_game(state, optimizer, lr, torch.float64)
+        errors = torch.cat([
+            one - exact.walk(order)[:, REAL] for one, order in zip(rounded, orders, strict=True)
+        ])  # fmt: skip
         # What all subsets are off by alike is no contribution of anybody.
         return found, float((errors - errors.mean()).square().mean().sqrt())
 
@@ -209,14 +226,14 @@ def step_game(state: State, optimizer: str, lr: float, dtype: torch.dtype) -> St
     parameters, (X, Y) = list(model.parameters()), state.batch
     loss = language_loss(model, X, Y)
     tokens = int(loss.row_counts.sum())
-    # A sample's part of the batch's mean is its own mean by its share of the tokens.
-    parts = [
-        flat(torch.autograd.grad(mean_loss(model, take_rows(X, row), Y[row]), parameters)) * (count / tokens)
-        for row, count in zip(_single_rows(len(Y)), loss.row_counts.tolist(), strict=True)
-    ]
+    parts = Y.new_empty(len(Y), sum(p.numel() for p in parameters), dtype=dtype)  # [b, N]
+    for part, row, count in zip(parts, _single_rows(len(Y)), loss.row_counts.tolist(), strict=True):
+        # A sample's part of the batch's mean is its own mean by its share of the tokens.
+        own = mean_loss(model, take_rows(X, row), Y[row])
+        torch.mul(flat(torch.autograd.grad(own, parameters)), count / tokens, out=part)
     val_grad = flat(torch.autograd.grad(mean_loss(model, *state.val), parameters))
     return StepGame(
-        model, lambda weights: step_optimizer(state, optimizer, lr, [weights]), torch.stack(parts), val_grad,
+        model, lambda weights: step_optimizer(state, optimizer, lr, [weights]), parts, val_grad,
         FallInLoss(model, *state.val),
     )  # fmt: skip
 

@@ -37,6 +37,9 @@ def check_planted(settings: PlantedConfig, share: float) -> None:
     """
     check_language(settings)
     check_at_least(settings, eval_every=1, test_samples=1)
+    if settings.eval_every > settings.steps:
+        why = f"is more than fidelity.steps={settings.steps}: no loss would be taken on the way, so type less"
+        refuse_setting(settings, "eval_every", why)
     if not 0 < settings.bad_share < 1:
         refuse_setting(settings, "bad_share", f"is no share of samples: type fidelity.bad_share={share}")
     if "tokenizer" not in {field.name for field in fields(settings.data)}:

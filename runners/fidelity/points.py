@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -9,23 +10,26 @@ import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from omegaconf import DictConfig
 
 from analysis.fidelity.tags import COURSE, POINT, SETTINGS
 from conf.errors import ConfigError
 from ghost.atomic import write_atomically, written_beside
 from runners.environment import device_description, versions
+from runners.errors import DataError
 from runners.fidelity.config import experiment_of
 from runners.fidelity.experiment import Measured, Point
 from runners.fidelity.settings import ExperimentConfig, deciding, fingerprint
 from runners.resume.names import FINISHED_FILE
 from runners.retrain_runs import end_killed, logged_to
 from runners.tracking import build_tracker
-from runners.tracking_record import RECORD_FILE
+from runners.tracking_record import RECORD_FILE, Record
 from runners.train import prepare_machine
 
 log = logging.getLogger(__name__)
@@ -79,11 +83,16 @@ def finished(job: Job) -> dict[str, float] | None:
     return metrics
 
 
+def is_untracked(job: Job) -> bool:
+    """Whether an earlier call finished the point without a tracker."""
+    return (job.folder / FINISHED_FILE).exists() and Record.read(job.folder).run_id is None
+
+
 def measure(job: Job) -> dict[str, float]:
     """Measure the point and record it; returns its metrics. What is left of an unfinished attempt goes.
 
     Raises:
-        ConfigError, DataError, GhostError: as the experiment.
+        ConfigError, DataError, GhostError: as the experiment; or a number that it gives is not finite.
     """
     _clear(job)
     job.folder.mkdir(parents=True)
@@ -99,7 +108,9 @@ def measure(job: Job) -> dict[str, float]:
         params = {f"fidelity.{name}": value for name, value in deciding(job.settings).items()}
         params |= {f"point.{name}": value for name, value in job.point.items()}
         tracker.start({**params, "output_dir": str(job.folder)}, tags)
+        torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, as all else is
         measured = experiment_of(job.settings, device).measure(job.point, job.folder)
+        _refuse_non_finite(measured, job.point)
         _write(measured, job.folder)
         tracker.add_tags(measured.facts)
         tracker.log_metrics(0, measured.metrics)
@@ -128,6 +139,15 @@ def _clear(job: Job) -> None:
     shutil.rmtree(job.folder)
 
 
+def _refuse_non_finite(measured: Measured, point: Point) -> None:
+    for name, number in measured.metrics.items():
+        if not math.isfinite(number):
+            raise DataError(
+                f"{name} of {point.name} is {number}: the run diverged, or what is compared does not differ; "
+                "give it a lower learning rate, or more samples"
+            )
+
+
 def _write(measured: Measured, folder: Path) -> None:
     """Metrics and facts as JSON, in which no number is NaN, and the tables."""
     record = {"metrics": dict(measured.metrics), "facts": dict(measured.facts)}
@@ -140,9 +160,17 @@ def _write(measured: Measured, folder: Path) -> None:
             )
 
 
-def prepare_process(level: int) -> None:
-    """Make a new process log as the command's own does, and end with it, however that ends."""
+def prepare_process(level: int, numbers: "SimpleQueue[int]") -> None:
+    """Make a new process log as the command's own does, and end with it, however that ends; of several GPUs
+    the processes take turns.
+
+    Args:
+        numbers: One for each process, from 0.
+    """
     logging.getLogger().setLevel(level)
+    number = numbers.get()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -153,7 +153,8 @@ class SelectionTrial:
     def _train(
         self, model: nn.Module, take: StepFn, candidates: int, policy: str
     ) -> tuple[list[Checkpoint], dict[str, float]]:
-        batches = enumerate(epochs(len(self._rows), candidates, self._seed))
+        key = "kept" if policy == UNIFORM else "batch_size"
+        batches = enumerate(epochs(len(self._rows), candidates, self._seed, key=key))
         tally = Tally(self._bad)
         course = [Checkpoint(0, 0.0, 0.0, self._test_loss(model))]
         while course[-1].step < self._settings.steps or course[-1].rows < self._settings.budget:

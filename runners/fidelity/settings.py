@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -13,6 +13,9 @@ from conf.help_text import typed
 from conf.refuse import refuse
 from conf.schema import key
 from runners.choices import ExperimentName, TaskName
+from runners.data import build_data
+from runners.data.base import DataBundle
+from runners.errors import DataError
 from runners.tracking import flatten
 from runners.validate import check_numbers
 from runners.validate_data import check_data, data_task
@@ -88,6 +91,14 @@ def check_samples(settings: ExperimentConfig, task: TaskName, instead: str) -> N
         check_data(tree.fidelity)
     except ConfigError as error:
         raise ConfigError(f"In fidelity: {error}") from error
+
+
+def samples_of(settings: Any, seed: int) -> DataBundle:
+    """The samples of `settings.data` that a seed draws. Raises as `build_data`."""
+    try:
+        return build_data(OmegaConf.structured(replace(settings.data, seed=seed)))
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"In fidelity: {error}") from error
 
 
 def check_within(settings: ExperimentConfig) -> None:

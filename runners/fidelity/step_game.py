@@ -150,11 +150,19 @@ class FallInLoss:
     def __call__(self) -> float:
         hidden = self._hidden()
         total = hidden.new_zeros(len(hidden), dtype=torch.float64)
-        for words in _blocks(self._head.out_features, self.WORDS):
-            part = torch.addmm(self._offset(words), hidden, self._head.weight[words].T)  # z' - s, [n, w]
+        for part in self._logits(hidden):
             total += part.exp_().sum(1, dtype=torch.float64)
+        risen = total.log()
+        if not risen.isfinite().all():  # so long a step that an exponential leaves float32
+            parts = [part.double().logsumexp(1) for part in self._logits(hidden)]
+            risen = torch.stack(parts).logsumexp(0)
         gained = self._following_logits(hidden) - self._right
-        return float((gained - total.log()).mean())
+        return float((gained - risen).mean())
+
+    def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """`z' - s` of a block of words after the other, `[n, w]`."""
+        for words in _blocks(self._head.out_features, self.WORDS):
+            yield torch.addmm(self._offset(words), hidden, self._head.weight[words].T)
 
     def _hidden(self) -> Tensor:
         """What the head has for the counted tokens, `[n, d]`."""

@@ -63,6 +63,25 @@ def test_other_settings_are_refused_in_the_same_directory(
     assert measured == ["seed0"]
 
 
+def test_a_number_that_is_none_is_refused_by_name(
+    fidelity: Fidelity, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nothing = Measured({"lds/first_order": float("nan")}, {}, {})
+    monkeypatch.setattr(LDS, "measure", lambda self, point, folder: nothing)
+    assert fidelity("fidelity=lds", "tracking=none", OUT, "fidelity.seeds=[0]") == MISTAKE
+    assert "lds/first_order of seed0 is nan: the run diverged" in capfd.readouterr().err
+    assert not Path("out/seed0/finished.json").exists()
+
+
+def test_points_that_mlflow_does_not_have_are_named(fidelity: Fidelity, measured: list[str]) -> None:
+    arguments = ["fidelity=lds", OUT, "fidelity.seeds=[0]"]
+    assert fidelity(*arguments, "tracking=none") == 0
+    assert fidelity(*arguments) == 0
+    assert measured == ["seed0"]
+    said = Path("out/run.log").read_text()
+    assert "1 finished points were measured with tracking=none (seed0 first)" in said
+
+
 def test_an_unfinished_point_is_done_again(fidelity: Fidelity, measured: list[str]) -> None:
     arguments = ["fidelity=lds", "tracking=none", OUT, "fidelity.seeds=[0,1]"]
     assert fidelity(*arguments) == 0

@@ -7,7 +7,7 @@ import torch
 
 from conf.errors import ConfigError
 from runners.errors import DataError
-from runners.fidelity.domains import COLUMNS, Domains, DomainsConfig, mean_values, own_domain
+from runners.fidelity.domains import COLUMNS, Domains, DomainsConfig, mean_values, metric_labels, own_domain
 from runners.fidelity.experiment import Point
 from runners.fidelity.language import corpus
 from tests.runners.fidelity.composed import TINY_LANGUAGE, composed
@@ -62,6 +62,16 @@ def test_one_domain_alone_is_refused(tmp_path: Path) -> None:
         experiment("data.task=seq2seq")
     with pytest.raises(ConfigError, match=r"fidelity\.data\.test_samples=3 has no use here"):
         experiment("data.test_samples=3")
+
+
+def test_fewer_validation_samples_than_domains_are_refused(tmp_path: Path) -> None:
+    made = experiment("val_samples=2")
+    with pytest.raises(ConfigError, match=r"fidelity\.val_samples=2 gives some of the 3 domains none"):
+        made.measure(made.points()[0], tmp_path)
+
+
+def test_names_of_domains_stay_apart_in_metrics() -> None:
+    assert metric_labels(["c++", "c##", "web/en", "docs"]) == ["c__ 0", "c__ 1", "web_en", "docs"]
 
 
 @pytest.mark.slow

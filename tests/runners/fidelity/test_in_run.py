@@ -121,7 +121,7 @@ def test_a_run_that_diverges_is_refused() -> None:
     model = small()
     batches = list(islice(epochs(10, 5, seed=0), 2))
     rows_without_bound = Rows(rows(10, 1).X * torch.inf, rows(10, 1).Y)
-    with pytest.raises(DataError, match="values are not finite"):
+    with pytest.raises(DataError, match="values or the loss are not finite"):
         train_scored(
             model, torch.optim.SGD(model.parameters(), lr=LR), rows_without_bound, batches, loss,
             lambda step: None, val=rows(3, 2), settings={"loss_reduction": "sample_mean"},

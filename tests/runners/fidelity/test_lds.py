@@ -11,7 +11,6 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from conf.errors import ConfigError
-from runners.data import build_data
 from runners.fidelity.lds import (
     LDS,
     OF_MEAN,
@@ -23,6 +22,7 @@ from runners.fidelity.lds import (
     rank_correlations,
     within_reach,
 )
+from runners.fidelity.settings import samples_of
 from tests.runners.fidelity.conftest import TINY_LDS, composed
 
 CPU = torch.device("cpu")
@@ -126,6 +126,24 @@ def test_what_perfect_predictions_would_reach() -> None:
     assert metrics["lds_of_mean/perfect"] == pytest.approx(metrics["lds_of_mean/known"], abs=0.02)
     assert within_reach(-0.1, 2, 5) == 0
     assert within_reach(1.0, 2, 5) == pytest.approx(1)
+    assert within_reach(1.0 + 2e-16, 2, 5) == pytest.approx(1)
+
+
+def test_a_sample_whose_loss_never_changes_predicts_nothing() -> None:
+    losses = np.random.default_rng(3).normal(size=(4, 9, 2))
+    losses[:, :, 1] = 0.0
+    metrics, single = compared({"known": -losses.mean(0)}, losses)
+    assert single["known"].tolist() == [pytest.approx(1), 0.0]
+    assert single["perfect"][1] == 0.0
+    assert metrics["lds/known"] == pytest.approx(0.5)
+
+
+def test_a_learning_rate_that_diverges_is_named_before_anything_is_trained_again(
+    settings: LDSConfig, tmp_path: Path
+) -> None:
+    experiment = LDS(replace(settings, lr=1e12, steps=30), CPU)
+    with pytest.raises(ConfigError, match=r"fidelity\.lr=1000000000000\.0 lets a run diverge"):
+        experiment.measure(experiment.points()[0], tmp_path)
 
 
 def test_scores_of_the_mean_loss_stand_for_sums_of_scores() -> None:
@@ -166,7 +184,7 @@ def test_a_point_is_measured_the_same_again(settings: LDSConfig, tmp_path: Path)
 def test_models_of_subsets_see_nothing_else(settings: LDSConfig) -> None:
     """Samples outside of the subset may be anything."""
     experiment = LDS(settings, CPU)
-    data = build_data(experiment.data_config(0))
+    data = samples_of(experiment.settings, 0)
     train, val = experiment._all_rows(data.train), experiment._all_rows(data.val)
     subset = torch.arange(100)
     spoiled = Samples(train.X.clone(), train.Y)

@@ -106,6 +106,12 @@ def test_ratings_that_are_not_there_are_refused_before_work_starts(tmp_path: Pat
         experiment("texts=[movies]")
 
 
+def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+    made = experiment("image_batch_size=2048")
+    with pytest.raises(ConfigError, match=r"fidelity\.image_batch_size=2048 is more than the 1497 samples"):
+        made.measure(Point.at(data="digits", lr=0.1, seed=0), tmp_path)
+
+
 def test_more_neighbours_than_samples_are_refused(tmp_path: Path) -> None:
     made = experiment("neighbours=2000", "image_epochs=1")
     with pytest.raises(ConfigError, match=r"fidelity\.neighbours=2000 are more than the 1497 samples"):

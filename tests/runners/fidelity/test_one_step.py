@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conf.errors import ConfigError
-from runners.data import build_data
 from runners.fidelity.one_step import LINEAR, REAL, OneStep, OneStepConfig, State, scores_of, step_game
+from runners.fidelity.settings import samples_of
 from runners.losses import language_loss
 from tests.runners.fidelity.conftest import TINY_STEP, composed
 
@@ -25,7 +25,7 @@ def settings() -> OneStepConfig:
 def state(settings: OneStepConfig) -> State:
     """In float64, so that what is compared is the formulas."""
     experiment = OneStep(settings, CPU)
-    found = experiment.warmed_up(build_data(experiment.data_config(3)), 3)
+    found = experiment.warmed_up(samples_of(experiment.settings, 3), 3)
     model = found.model.double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for group in optimizer.param_groups:

@@ -127,6 +127,16 @@ def test_the_fall_in_loss_keeps_digits_in_float32() -> None:
     assert error < abs(naive - loss_of(rounded, X).item() - expected) + 1e-8
 
 
+def test_the_fall_in_loss_of_a_step_that_leaves_float32s_exponentials() -> None:
+    model, X = small_model().float(), rows(2, 4)
+    before, fall = loss_of(model, X).item(), FallInLoss(model, {"input_ids": X}, X)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2000.0)
+    after = loss_of(model, X).item()
+    assert after > 100
+    assert fall() == pytest.approx(before - after, rel=1e-5)
+
+
 def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
     model, X = small_model(), rows(2, 2)
     model.register_forward_hook(lambda _model, _inputs, output: output.__setitem__("logits", -output.logits))

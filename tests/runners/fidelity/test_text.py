@@ -78,6 +78,7 @@ def test_dropping_sees_every_sample_once() -> None:
         (["adamw_lr=-1"], r"fidelity\.adamw_lr=-1\.0 is not above 0"),
         (["bad_share=1.5"], r"fidelity\.bad_share=1\.5 is no share"),
         (["copies=8"], r"fidelity\.copies=8 and an original do not go into one batch: type less than 8"),
+        (["eval_every=13"], r"fidelity\.eval_every=13 is more than fidelity.steps=12"),
         (["test_samples=0"], r"fidelity\.test_samples=0 is too small"),
         (["data.task=text_classes"], "gives text_classes samples, and fidelity=text takes language samples"),
         (["data.num_workers=2"], r"fidelity\.data\.num_workers=2 has no use here"),

@@ -66,6 +66,7 @@ def test_every_file_is_of_a_published_size_or_tiny() -> None:
         "gpt2-mini",
         "gpt2-nano",
         "hf",
+        "mlp-tiny",
     }
 
 

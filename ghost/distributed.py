@@ -136,6 +136,17 @@ def ddp_wrapper(model: nn.Module) -> DistributedDataParallel | None:
     return model if isinstance(model, DistributedDataParallel) else None
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and `torch.compile` wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` has been applied to the model or a part of it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ghost.batch import Inputs, row_count, sample_indices
 from ghost.choice import Choices
 from ghost.config import GhostConfig, Resolution, convert
-from ghost.distributed import ALONE, ddp_wrapper, ranks_of
+from ghost.distributed import ALONE, ddp_wrapper, ranks_of, unwrap
 from ghost.engines import Engine, GradDotProdEngine, LayerScores, LossFn, engine_class
 from ghost.errors import BatchError, GhostConfigError, ProtocolError, shown
 from ghost.policies import Policy, policy_of
@@ -589,14 +589,3 @@ def _is_number(share: Any) -> bool:
     if isinstance(share, Tensor):
         return share.numel() == 1
     return isinstance(share, int | float) and math.isfinite(share)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and `torch.compile` wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model

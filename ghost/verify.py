@@ -12,12 +12,11 @@ from ghost.batch import check_labels, row_count, take_rows, to_device
 from ghost.config import GhostConfig, ValMode
 from ghost.coverage import selected_parts
 from ghost.discovery import find_layers
-from ghost.distributed import is_sharded, ranks_of
+from ghost.distributed import is_sharded, ranks_of, unwrap
 from ghost.engines import GradDotProdEngine, LossFn, engine_class
 from ghost.errors import BatchError, GhostConfigError, shown
 from ghost.heads import Part
 from ghost.loss import infer_reduction
-from ghost.manager import unwrap
 from ghost.plain import PlainUse, Rows, plain_uses
 from ghost.policies import All
 from ghost.preconditioner import Preconditioner

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ghost import LossReduction
 from ghost.batch import Inputs, Items, plain, to_device
+from ghost.distributed import unwrap
 from ghost.loss import IGNORED_LABEL
-from ghost.manager import unwrap
 from runners.choices import TaskName
 from runners.models import parameter_dtype
 from runners.tasks import model_task

@@ -23,14 +23,13 @@ from runners.fidelity.language import (
     LanguageConfig,
     adamw,
     check_language,
-    corpus,
     language_model,
     rows_of,
     token_loss,
     tokens_of,
     width,
 )
-from runners.fidelity.settings import check_at_least, refuse_setting
+from runners.fidelity.settings import check_at_least, refuse_setting, samples_of
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class Domains:
         Raises:
             DataError: The corpus has one domain, or a domain on one side alone.
         """
-        data = corpus(self.settings, point.seed)
+        data = samples_of(self.settings, point.seed)
         log.info("%s", data.description)
         domains = _domains(data)
         if self.settings.val_samples < len(domains):

@@ -36,7 +36,8 @@ class InRunValues:
     """Values of all samples, summed over the steps of a run.
 
     Attributes:
-        first_order: `[n, C]` float64 on the CPU, a column for each validation set.
+        first_order: `[n, C]` float64 on the CPU, a column for each validation set, or each sample of one with
+            `pairwise`.
         second_order: The same; None where the manager's `order` is 1.
         loss_fall: What each set's loss fell by over the run, `[C]` float64: what exact values add up to.
     """
@@ -84,7 +85,8 @@ def train_scored(
     sets = {name: (one.X, one.Y) for name, one in val.items()} if isinstance(val, Mapping) else (val.X, val.Y)
     before = _losses(model, val, loss_fn)
     manager = GhostEngineManager(settings, model, optimizer, val_data=sets, loss_fn=loss_fn)
-    first = torch.zeros(len(rows), len(before), dtype=torch.float64)
+    columns = len(val) if settings.get("pairwise") else len(before)
+    first = torch.zeros(len(rows), columns, dtype=torch.float64)
     curved = torch.zeros_like(first)
     try:
         for step, batch in enumerate(batches):

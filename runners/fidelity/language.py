@@ -16,7 +16,7 @@ from runners.config import DataConfig, ModelConfig
 from runners.data.base import Batch, DataBundle, SampleSet, token_rows
 from runners.data.loader import collate
 from runners.fidelity.in_run import Rows
-from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples, samples_of
+from runners.fidelity.settings import ExperimentConfig, check_at_least, check_samples
 from runners.losses import language_loss
 from runners.models import build_model, place
 from runners.tasks import model_task
@@ -58,11 +58,6 @@ def check_rate(name: str, rate: float) -> None:
     """Raises `ConfigError` for a learning rate that moves nothing."""
     if not rate > 0:
         raise ConfigError(f"fidelity.{name}={rate} is not above 0: type fidelity.{name}=1e-3, or another")
-
-
-def corpus(settings: LanguageConfig, seed: int) -> DataBundle:
-    """The text, its training samples drawn by the seed."""
-    return samples_of(settings, seed)
 
 
 def width(settings: LanguageConfig) -> int:

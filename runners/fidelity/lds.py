@@ -23,8 +23,9 @@ from runners.choices import ExperimentName, TaskName
 from runners.config import DataConfig, ModelConfig
 from runners.data.base import DataBundle, SampleSet
 from runners.data.loader import collate
+from runners.errors import DataError
 from runners.fidelity.experiment import Measured, Point
-from runners.fidelity.in_run import LossFn
+from runners.fidelity.in_run import LossFn, Rows, train_scored
 from runners.fidelity.settings import (
     ExperimentConfig,
     check_at_least,
@@ -173,7 +174,7 @@ class LDS:
                 if steps == self.settings.steps:
                     return
                 steps += 1
-                yield batch.to(self.device)
+                yield batch
 
     def scores(
         self, data: DataBundle, train: Samples, val: Samples, generator: torch.Generator
@@ -196,29 +197,19 @@ class LDS:
         self, model: nn.Module, train: Samples, val: Samples, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Train the model, and sum what its steps credit."""
-        lr = self.settings.lr
-        first = torch.zeros(len(train.Y), len(val.Y), dtype=torch.float64)
-        curvature = torch.zeros_like(first)
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        config = {
-            "val_mode": "separate", "order": 2, "pairwise": True, "loss_reduction": "sample_mean",
-        }  # fmt: skip
-        manager = GhostEngineManager(
-            config, model, optimizer, val_data=(val.X, val.Y), loss_fn=self.mean_loss
-        )
-        for t, batch in enumerate(self._batches(torch.arange(len(train.Y)), generator)):
-            optimizer.zero_grad()
-            with manager.step(train.X[batch], train.Y[batch], batch_idx=batch, iteration=t) as step:
-                step.backward(self.mean_loss(model, step.X, step.Y))
-            optimizer.step()
-            assert manager.curvatures is not None
-            first[batch.cpu()] += lr * manager.scores.double().cpu()
-            curvature[batch.cpu()] += lr**2 / 2 * manager.curvatures.double().cpu()
-        manager.cleanup()
-        found = {"first_order": first, "second_order": first - curvature}
-        if not all(values.isfinite().all() for values in found.values()):
+        try:
+            found = train_scored(
+                model, torch.optim.SGD(model.parameters(), lr=self.settings.lr), Rows(train.X, train.Y),
+                self._batches(torch.arange(len(train.Y)), generator), self.mean_loss, lambda step: None,
+                val=Rows(val.X, val.Y),
+                settings={
+                    "val_mode": "separate", "order": 2, "pairwise": True, "loss_reduction": "sample_mean",
+                },
+            )  # fmt: skip
+        except DataError:
             refuse_setting(self.settings, "lr", "lets a run diverge: type less")
-        return found
+        assert found.second_order is not None
+        return {"first_order": found.first_order, "second_order": found.second_order}
 
     def _projected(self, model: nn.Module, train: Samples, val: Samples) -> dict[str, Tensor]:
         """Inner products and cosines of projected gradients at the model's weights."""

@@ -22,7 +22,6 @@ from runners.fidelity.held_out import hold_out
 from runners.fidelity.in_run import Rows, epochs
 from runners.fidelity.language import (
     adamw,
-    corpus,
     language_model,
     mean_loss,
     rows_of,
@@ -40,7 +39,7 @@ from runners.fidelity.selection_course import (
     loss_at,
     scored_rows,
 )
-from runners.fidelity.settings import check_at_least, refuse_setting
+from runners.fidelity.settings import check_at_least, refuse_setting, samples_of
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class Selection:
         Raises:
             DataError: The run diverged, kept nothing, or has too few samples to corrupt.
         """
-        data = corpus(self.settings, point.seed)
+        data = samples_of(self.settings, point.seed)
         log.info("%s", data.description)
         planted = planted_in(tokens_of(data.train), self.settings, originals=0, copies=0, seed=point.seed)
         trial = SelectionTrial(self.settings, self.device, data, planted, point.seed)

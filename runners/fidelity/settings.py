@@ -4,7 +4,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import MISSING, OmegaConf
 
@@ -50,7 +50,7 @@ def fingerprint(settings: ExperimentConfig) -> str:
     return hashlib.sha256(json.dumps(deciding(settings), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def refuse_setting(settings: ExperimentConfig, name: str, why: str) -> None:
+def refuse_setting(settings: ExperimentConfig, name: str, why: str) -> NoReturn:
     """Raises `ConfigError`; `why` goes on from `fidelity.NAME=value`."""
     raise ConfigError(f"fidelity.{name}={typed(getattr(settings, name))} {why}")
 

@@ -23,7 +23,6 @@ from runners.fidelity.language import (
     Watch,
     adamw,
     check_rate,
-    corpus,
     language_model,
     rows_of,
     token_loss,
@@ -31,7 +30,7 @@ from runners.fidelity.language import (
     width,
 )
 from runners.fidelity.planting import Planted, PlantedConfig, check_planted, planted_in
-from runners.fidelity.settings import check_at_least, refuse_setting
+from runners.fidelity.settings import check_at_least, refuse_setting, samples_of
 from runners.fidelity.text_measures import (
     ALL,
     Curves,
@@ -96,7 +95,7 @@ class Text:
 
     def measure(self, point: Point, folder: Path) -> Measured:
         """Plant, train with values, look at what was planted; with AdamW train again without negatives."""
-        data = corpus(self.settings, point.seed)
+        data = samples_of(self.settings, point.seed)
         log.info("%s", data.description)
         planted = planted_in(
             tokens_of(data.train), self.settings, originals=self.settings.originals,

@@ -78,7 +78,7 @@ def test_a_forward_that_failed_in_the_protocol_loop_can_be_left_behind(tmp_path:
     assert run.rows(tmp_path)["step"].unique().tolist() == [1, 3]
 
 
-class Once(torch.autograd.Function):
+class Failing(torch.autograd.Function):
     """The identity, whose backward fails."""
 
     @staticmethod
@@ -98,7 +98,7 @@ def test_a_backward_that_failed_in_the_protocol_loop_is_dropped(mode: dict[str, 
     manager.attach_train_batch(*run.train, 0, range(6))
     X, Y = manager.prepare_forward_input(*run.train)
     first, *rest = run.model
-    hidden = Once.apply(first(X))
+    hidden = Failing.apply(first(X))
     for module in rest:
         hidden = module(hidden)
     with pytest.raises(FloatingPointError, match="half way"):

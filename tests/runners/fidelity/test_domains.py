@@ -9,7 +9,7 @@ from conf.errors import ConfigError
 from runners.errors import DataError
 from runners.fidelity.domains import COLUMNS, Domains, DomainsConfig, mean_values, metric_labels, own_domain
 from runners.fidelity.experiment import Point
-from runners.fidelity.language import corpus
+from runners.fidelity.settings import samples_of
 from tests.runners.fidelity.composed import TINY_LANGUAGE, composed
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def test_points_are_seeds() -> None:
 def test_phases_are_one_run(tmp_path: Path) -> None:
     settings = ["steps=6", "data.train_samples=12", "val_samples=3"]
     whole, parts = experiment(*settings, "phases=1"), experiment(*settings, "phases=3")
-    data = corpus(whole.settings, 0)
+    data = samples_of(whole.settings, 0)
     (one,), several = whole.scored(data, 0, {}), parts.scored(data, 0, {})
     summed = torch.stack([phase.first_order for phase in several]).sum(0)
     torch.testing.assert_close(summed, one.first_order, rtol=1e-4, atol=1e-7)

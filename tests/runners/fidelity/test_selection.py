@@ -11,7 +11,7 @@ from conf.errors import ConfigError
 from runners.errors import DataError
 from runners.fidelity.experiment import Point
 from runners.fidelity.in_run import epochs, train
-from runners.fidelity.language import adamw, corpus, language_model, mean_loss, token_loss, tokens_of
+from runners.fidelity.language import adamw, language_model, mean_loss, token_loss, tokens_of
 from runners.fidelity.planting import plant
 from runners.fidelity.selection import Selection, SelectionConfig, SelectionTrial
 from runners.fidelity.selection_course import (
@@ -22,6 +22,7 @@ from runners.fidelity.selection_course import (
     loss_at,
     scored_rows,
 )
+from runners.fidelity.settings import samples_of
 from runners.tokenizer import load_tokenizer
 from tests.runners.fidelity.composed import TINY_LANGUAGE, composed
 
@@ -38,7 +39,7 @@ def experiment(*overrides: str) -> Selection:
 
 
 def trial(made: Selection) -> SelectionTrial:
-    data = corpus(made.settings, 0)
+    data = samples_of(made.settings, 0)
     planted = plant(tokens_of(data.train), load_tokenizer("bytes"), bad=3, originals=0, copies=0, seed=0)
     return SelectionTrial(made.settings, CPU, data, planted, 0)
 

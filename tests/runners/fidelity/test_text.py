@@ -9,8 +9,9 @@ import torch
 from conf.errors import ConfigError
 from runners.errors import DataError
 from runners.fidelity.experiment import Point
-from runners.fidelity.language import corpus, language_model, mean_loss, rows_of, token_loss, tokens_of, width
+from runners.fidelity.language import language_model, mean_loss, rows_of, token_loss, tokens_of, width
 from runners.fidelity.planting import plant
+from runners.fidelity.settings import samples_of
 from runners.fidelity.text import DroppingConfig, Text, TextConfig, Trial
 from runners.fidelity.text_measures import bad_in_lowest, negative_share, saved, value_of_copies
 from runners.tokenizer import load_tokenizer
@@ -92,7 +93,7 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], why: str) -
 @pytest.fixture(scope="module")
 def trial() -> Trial:
     settings = composed(TextConfig, "text", *TINY)
-    data = corpus(settings, 0)
+    data = samples_of(settings, 0)
     planted = plant(tokens_of(data.train), load_tokenizer("bytes"), bad=2, originals=4, copies=3, seed=0)
     return Trial(settings, CPU, data, planted, 0)
 
@@ -108,7 +109,7 @@ def test_training_without_none_is_training_on_all(trial: Trial) -> None:
 
 def test_a_loss_in_parts_is_the_loss() -> None:
     settings = composed(TextConfig, "text", *TINY)
-    data = corpus(settings, 0)
+    data = samples_of(settings, 0)
     model = language_model(settings, data, 0, CPU)
     tokens = tokens_of(data.val)
     rows = rows_of([tokens[0][:5], *tokens[1:]], width(settings), CPU)  # a short row counts by its tokens

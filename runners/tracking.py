@@ -2,14 +2,12 @@
 
 import logging
 import shlex
-import signal
-import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Self
 
 from omegaconf import DictConfig
@@ -22,6 +20,7 @@ from runners.mlflow_page import DESCRIPTION, default_run_name, run_url, ui_comma
 from runners.mlflow_run import MlflowRun
 from runners.mlflow_sender import Operation, Sender
 from runners.mlflow_store import open_store
+from runners.resume.signals import ExitOnSignal
 from runners.tracking_record import (
     MODEL_FOLDER,
     RECORD_FILE,
@@ -81,9 +80,10 @@ class NullTracker:
         self._metrics = MetricsLog(output_dir)
         self._record: Record | None = None
         self._scope = ExitStack()
+        self._exit_on_signal = ExitOnSignal()
 
     def __enter__(self) -> Self:
-        self._scope.enter_context(_termination_as_exit())
+        self._scope.enter_context(self._exit_on_signal)
         self._scope.callback(self._metrics.close)
         return self
 
@@ -95,6 +95,9 @@ class NullTracker:
                 self.finish()
             elif self._record is not None:
                 self._abort(error)
+        end = self._exit_on_signal.end
+        if error is not None and end is not None and end is not error:
+            raise end from error
 
     def start(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Begin the run with its flattened config and its tags.
@@ -178,7 +181,7 @@ class NullTracker:
             (self.output_dir / "traceback.txt").write_text(text, encoding="utf-8")
         except OSError as refused:
             log.error("traceback.txt could not be written: %s", refused)
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        stopped = self._exit_on_signal.end is not None or isinstance(error, KeyboardInterrupt | SystemExit)
         self._end(self._begun(), "KILLED" if stopped else "FAILED", error)
 
 
@@ -327,27 +330,3 @@ def _enumerated(names: Sequence[str]) -> str:
     """The first few names, and how many there are besides."""
     shown, more = names[:_NAMED], len(names) - _NAMED
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
-@contextmanager
-def _termination_as_exit() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit(143), the status that shells give to what signal 15 ended; and so SIGUSR1
-    and SIGUSR2 where no scheduler's handler takes them.
-    """
-    # Python hands signals to the main thread alone, and lets no other set a handler.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    idle = [n for n in (signal.SIGUSR1, signal.SIGUSR2) if signal.getsignal(n) is signal.SIG_DFL]
-    previous = {number: signal.signal(number, _exit_on_signal) for number in (signal.SIGTERM, *idle)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    # A second signal must not interrupt the ending that this one starts.
-    signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(128 + number)

@@ -87,14 +87,14 @@ class LDS:
             refuse_setting(
                 settings, "share", "is no share between 0 and 1: type fidelity.share=0.5, or another"
             )
-        model = OmegaConf.structured(settings.model)
-        if (task := model_task(model)) not in SAMPLES:
+        self._model_cfg = OmegaConf.structured(settings.model)
+        if (task := model_task(self._model_cfg)) not in SAMPLES:
             raise ConfigError(
-                f"model@fidelity.model={model.name} learns from {task} samples, and fidelity=lds takes "
-                "tables or images: type model@fidelity.model=mlp, or another"
+                f"model@fidelity.model={self._model_cfg.name} learns from {task} samples, and "
+                "fidelity=lds takes tables or images: type model@fidelity.model=mlp, or another"
             )
         check_samples(settings, task, SAMPLES[task])
-        self.loss, _ = model_loss(model)
+        self.loss, _ = model_loss(self._model_cfg)
 
     def points(self) -> list[Point]:
         """A point a seed."""
@@ -134,8 +134,7 @@ class LDS:
     def _model(self, data: DataBundle, generator: torch.Generator) -> nn.Module:
         """A model with initial weights of its own."""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        model_cfg = OmegaConf.structured(self.settings.model)
-        return build_model(model_cfg, None, data.input_shape, data.num_classes).to(self.device)
+        return build_model(self._model_cfg, None, data.input_shape, data.num_classes).to(self.device)
 
     def mean_loss(self, model: nn.Module, X: Inputs, Y: Tensor) -> Tensor:
         """The mean over rows."""

@@ -1,9 +1,9 @@
-"""Signals that ask a run to end: noted while it works, and answered once its state is safe."""
+"""Signals that ask a run to end: noted until its state is safe, or answered at once."""
 
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -31,8 +31,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        _give_back(self._previous)
 
     @property
     def noted(self) -> bool:
@@ -54,3 +53,39 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted.add(signal.Signals(number))
+
+
+class ExitOnSignal:
+    """A context in which SIGTERM raises SystemExit(143), the status that shells give to what signal 15 ended;
+    so do SIGUSR1 and SIGUSR2 where no scheduler's handler takes them. Only the main thread gets signals.
+
+    Attributes:
+        end: What was raised; None while no signal has come. A library that it is raised in may put an error
+            of its own in its place, from a clean-up that it interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.end: SystemExit | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            idle = [n for n in (signal.SIGUSR1, signal.SIGUSR2) if signal.getsignal(n) is signal.SIG_DFL]
+            self._previous = {n: signal.signal(n, self._exit) for n in (signal.SIGTERM, *idle)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _give_back(self._previous)
+
+    def _exit(self, number: int, frame: FrameType | None) -> None:
+        # A second signal must not interrupt the ending that this one starts.
+        signal.signal(number, signal.SIG_IGN)
+        self.end = SystemExit(128 + number)
+        raise self.end
+
+
+def _give_back(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler or signal.SIG_DFL)

@@ -203,6 +203,27 @@ def test_sigterm_ends_the_run_as_killed_and_the_handler_is_put_back(make_tracker
     assert run.data.metrics == {"loss": 4.0}
 
 
+def test_a_signal_ends_the_run_as_killed_whatever_error_takes_its_place(tmp_path: Path) -> None:
+    """A library's clean-up that the signal interrupts may fail in turn, as omegaconf's does."""
+    tracker = NullTracker(tmp_path)
+
+    def run() -> None:
+        with tracker:
+            tracker.start({}, {})
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait(5)
+            finally:
+                raise AttributeError("half made")
+
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 128 + signal.SIGTERM
+    record = json.loads((tmp_path / "tracking.json").read_text())
+    assert record["status"] == "KILLED"
+    assert record["error"] == "AttributeError: half made"
+
+
 def test_a_thread_may_track_although_it_cannot_set_a_signal_handler(tmp_path: Path) -> None:
     def work() -> None:
         with NullTracker(tmp_path) as tracker:

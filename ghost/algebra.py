@@ -30,10 +30,12 @@ CHUNK_MB = 64
 
 CHUNK = CHUNK_MB << 20
 
-FUSED_TILE = 1 << 22
-"""Elements of all samples' tiles together: more would leave the cache (16 MiB in float32)."""
+FUSED_TILE = 1 << 24
+"""Elements of all samples' tiles together (64 MiB in float32). What would stay in a cache that other programs
+use as well costs the products more than it saves (docs/log.md).
+"""
 
-SAMPLE_TILE = 1 << 18
+SAMPLE_TILE = 1 << 20
 """Elements of one sample's tile: enough for products at full speed, and no more."""
 
 TILE_SIDE = 768

@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 
 from ghost import algebra, choice
-from ghost.algebra import accumulation_dtype
+from ghost.algebra import FUSED_TILE, accumulation_dtype
 from ghost.choice import Algebra
 from ghost.gradients import Materialised, OuterProducts, RowGathers, SampleGradients, widest
 from ghost.step import Unit
 from ghost.weigher import Weigher
-
-TILE = 1 << 24
-"""Elements of all samples' tiles together: what goes through the cache is a block of them, and products want
-long tiles.
-"""
 
 BLOCK = 1 << 16
 """Elements for each thread of a CPU that are taken through the arithmetic of the weights at once."""
@@ -140,7 +135,7 @@ def _tiles(
     """
     _, m, n = targets.shape
     size = pieces[0].gradients.example.element_size()
-    most = min(TILE, chunk // (len(pieces) * size))
+    most = min(FUSED_TILE, chunk // (len(pieces) * size))
     step = max(1, min(m, most // (max(1, pieces[0].rows) * n)))
     small = pieces[0].gradients.example.device.type == "cpu" and not weigher.compiles
     block = max(1, BLOCK * torch.get_num_threads() // n) if small else step

@@ -173,8 +173,6 @@ def _sum_and_scores(
     choice = choose(problem, how, chunk, note)
     sides = left, right, val_left, val_right
     if choice is Algebra.FUSED:
-        if left.device.type == "cpu":
-            return algebra.tiled_sum_and_scores(*sides, sizes, chunk)
         total, dots = algebra.fused_sum_and_scores(*sides, sizes, chunk)
         return total, dots
     return algebra.summed(left, right), _scores_by(choice, *sides, sizes, chunk)
@@ -208,8 +206,6 @@ def _sum_and_dots(
 ) -> tuple[Tensor, Tensor]:
     choice = choose(_problem(left, right, 0, len(targets), wants_sum=True), how, chunk, note)
     if choice is Algebra.FUSED:
-        if left.device.type == "cpu":
-            return algebra.tiled_sum_and_dots(left, right, targets, chunk)
         total, dots = algebra.fused_sum_and_dots(left, right, targets, chunk)
         return total, dots
     found = [algebra.target_dots(left, right, target, chunk) for target in targets]

@@ -64,9 +64,18 @@ class Weights:
 CPU_FLOPS = {torch.float64: 1 / 80, torch.float32: 1 / 160}
 CPU_SHORT_FLOP = 1 / 400
 CPU_BYTE = 1 / 24
-CPU_CALL = 4000.0
+CPU_CALL = 5000.0
 TILED_PRODUCT = 1.1
 """A product cut into tiles, over the whole product (fitted)."""
+
+# The kernel on one thread of a CPU, fitted (docs/log.md).
+CPU_TILE_NUMBER = 0.04
+"""Of a number that is added to the total or multiplied with a target."""
+CPU_PACKED = 0.03
+"""Of a factor's number that is packed for a block."""
+CPU_TILE, CPU_BLOCK = (14, 32), (196, 256)
+CPU_KERNEL = 60_000.0
+"""Of a call."""
 
 # An accelerator, counted from data sheets and not measured.
 CUDA_FLOPS = {torch.float64: 1 / 30e3, torch.float32: 1 / 50e3}
@@ -99,7 +108,8 @@ def costs(problem: Problem, chunk: int = CHUNK) -> dict[str, float]:
         chunk: Bytes that an algebra may hold at once.
     """
     # Asked each time: what the kernel takes depends on settings that a program may change as it runs.
-    return _costs(problem, chunk, kernels.serves(problem.device, problem.dtype, problem.columns))
+    p = problem
+    return _costs(p, chunk, p.wants_sum and kernels.serves(p.device, p.dtype, p.columns))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -115,7 +125,9 @@ def _costs(problem: Problem, chunk: int, in_kernel: bool) -> dict[str, float]:
     val = _product(w, size, p.m, p.val_tokens, p.n) + p.columns * w.call if p.val_tokens else 0.0
     found = {"target": total + val + p.columns * _target(w, p, size, wide)}
     if p.wants_sum:
-        found["fused"] = _in_kernel(w, p, size) if in_kernel else _tiled(w, p, size, wide, chunk)
+        found["fused"] = _tiled(w, p, size, wide, chunk)
+    if in_kernel:
+        found["fused"] = _in_cpu_kernel(w, p) if p.device == "cpu" else _in_gpu_kernel(w, p, size)
     if p.val_tokens:
         found["token_token"] = total + _token_token(w, p, size, wide, chunk)
     return found
@@ -146,7 +158,18 @@ def _formed(w: Weights, p: Problem, size: int) -> tuple[float, float]:
     return 2 * p.m * p.n * tokens * w.flop, tokens * (p.m + p.n) * size * w.byte
 
 
-def _in_kernel(w: Weights, p: Problem, size: int) -> float:
+def _in_cpu_kernel(w: Weights, p: Problem) -> float:
+    """The tiles stay where they are formed; factors are packed anew for each block."""
+    tokens = p.rows * p.tokens + p.val_tokens
+    m, n = (math.ceil(side / tile) * tile for side, tile in zip((p.m, p.n), CPU_TILE, strict=True))
+    numbers = (p.rows + 2) * (1 + p.columns) * m * n  # 2: targets and total, written and read
+    height, width = CPU_BLOCK
+    packed = tokens * (m * math.ceil(n / width) + n * math.ceil(m / height))
+    products = 2 * m * n * tokens * w.flop
+    return products + (numbers * CPU_TILE_NUMBER + packed * CPU_PACKED) / p.threads + CPU_KERNEL
+
+
+def _in_gpu_kernel(w: Weights, p: Problem, size: int) -> float:
     """The tiles stay where they are formed."""
     elements = p.rows * p.m * p.n
     return sum(_formed(w, p, size)) + 2 * elements * (1 + p.columns) * CUDA_TILE_FLOP + w.call

@@ -45,6 +45,12 @@ class Weigher:
         return type(self)(self.numbers, self.m[rows], self.v[rows], self.p[rows], before, squares)
 
     @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """m, v, the parameter where its decay is a part of the gradient, before and squares."""
+        decays = self.numbers[5].item() != 0
+        return self.m, self.v, self.p if decays else None, self.before, self.squares
+
+    @property
     def compiles(self) -> bool:
         """Whether the arithmetic is compiled, which takes any number of rows in one pass over memory."""
         # A rehearsed step's tensors have no memory, and nothing can be compiled for them.
@@ -60,9 +66,7 @@ class Weigher:
             total: `[m, n]`; the sum of the samples' gradients goes to the rows of it.
         """
         numbers = self.numbers.to(accumulation_dtype(samples.dtype))
-        decays = self.numbers[5].item() != 0
-        parts = [self.m, self.v, self.p if decays else None, self.before, self.squares, total]
-        blocks = [None if part is None else _flat(part[rows]) for part in parts]
+        blocks = [None if part is None else _flat(part[rows]) for part in (*self.state, total)]
         weigh = _weigh_compiled if self.compiles else _weigh
         columns = targets[:, rows].flatten(1)
         found = weigh(samples.flatten(1), columns, numbers, blocks)

@@ -3,7 +3,8 @@
 The weights of a parameter depend on its gradient's sum over the samples and on the sum of its squares. So a
 parameter is taken in tiles of its first axis: a tile's per-sample gradients are formed once, as the sum needs
 them anyway, and while they are in the cache their sum, their norm over the samples, the weights and the inner
-products are taken.
+products are taken. A matrix of float32 on a CPU is the kernel's (docs/kernel.md), which does the same block
+by block.
 """
 
 import functools
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghost import algebra, choice
+from ghost import algebra, choice, kernels
 from ghost.algebra import FUSED_TILE, accumulation_dtype
 from ghost.choice import Algebra
 from ghost.gradients import Materialised, OuterProducts, RowGathers, SampleGradients, widest
@@ -69,8 +70,10 @@ def sum_and_dots(
         chunk: Bytes to hold at once, of tiles.
     """
     b, like = pieces[0].rows, pieces[0].gradients.example
-    dots = [like.new_zeros(b, len(targets), dtype=accumulation_dtype(like.dtype)) for _ in pieces]
     dense, tables = _sides(pieces)
+    if _has_kernel(pieces, dense, targets, weigher):
+        return _sum_and_dots_in_kernel(pieces, dense[0], tables, targets, weigher)
+    dots = [like.new_zeros(b, len(targets), dtype=accumulation_dtype(like.dtype)) for _ in pieces]
     total = _total_like(pieces, targets)
     for rows, tiles, weighted in _weighted_blocks(pieces, dense, tables, targets, total, weigher, chunk):
         columns = weighted.flatten(1)
@@ -79,6 +82,34 @@ def sum_and_dots(
         for at, table in tables.items():
             table.add_dots(dots[at], rows, weighted)
     return total, dots
+
+
+def _has_kernel(pieces: Sequence[Piece], dense: Sequence[int], targets: Tensor, weigher: Weigher) -> bool:
+    """Whether the CPU's kernel takes the uses of a parameter: of one as a matrix, and of one as a table."""
+    one, like = pieces[dense[0]], pieces[dense[0]].gradients.example
+    known = isinstance(one.gradients, OuterProducts) and one.row is None
+    if not known or len(dense) > 1 or len(pieces) > 2:
+        return False
+    state = [part for part in weigher.state if part is not None]
+    read = [targets, *state, *(piece.gradients.example for piece in pieces)]
+    # A rehearsed step's tensors have no memory.
+    plain = all(type(t) is Tensor and t.device.type == "cpu" and t.dtype is torch.float32 for t in read)
+    written = weigher.squares is None or weigher.squares.is_contiguous()
+    return plain and written and kernels.serves(like.device.type, like.dtype, len(targets))
+
+
+def _sum_and_dots_in_kernel(
+    pieces: Sequence[Piece], dense: int, tables: Mapping[int, "Lookups"], targets: Tensor, weigher: Weigher
+) -> tuple[Tensor, list[Tensor]]:
+    """`sum_and_dots` of what `_has_kernel`."""
+    one = pieces[dense]
+    assert isinstance(one.gradients, OuterProducts)
+    lookups = [table.by_sample(one.rows) for table in tables.values()]
+    total, dots, looked_up = kernels.cpu.adam_sum_and_dots(
+        one.gradients.left, one.gradients.right, targets, weigher.numbers.tolist(), weigher.state,
+        lookups[0] if lookups else None,
+    )  # fmt: skip
+    return total, [dots if at == dense else looked_up for at in range(len(pieces))]
 
 
 def sum_and_weights(
@@ -171,6 +202,14 @@ class Lookups:
         entry = order // max(1, ids.shape[1])
         sample = entry if piece.row is None else piece.row[entry]
         return cls(row, sample, grad.flatten(0, 1)[order])
+
+    def by_sample(self, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The row and the sample of each `[k]`, ascending, none twice; and what the sample adds to the row,
+        `[k, n]`.
+        """
+        keys, at = (self._row * samples + self._sample).unique(return_inverse=True)
+        values = self._values.new_zeros(len(keys), self._values.shape[1]).index_add_(0, at, self._values)
+        return keys // samples, keys % samples, values
 
     def _block(self, rows: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The places in a block's tile `[b, r, n]` (sample, row) and the values of the lookups there."""

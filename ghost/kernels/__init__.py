@@ -1,6 +1,7 @@
-"""Triton programs for a GPU, where `ghost.algebra` asks for a fused sum; see docs/kernel.md.
+"""Programs for a GPU and a CPU, where `ghost.algebra` asks for a fused sum; see docs/kernel.md.
 
-Triton comes with PyTorch's CUDA builds. This module imports without it.
+The GPU's are Triton's, which comes with PyTorch's CUDA builds; the CPU's is C, which gcc compiles when it is
+first asked for. This module imports without either.
 """
 
 import logging
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ghost.kernels import cpu
 from ghost.kernels.tiles import CHUNK_BYTES
 
 log = logging.getLogger(__name__)
@@ -35,13 +37,18 @@ def installed() -> bool:
 def serves(device: str, dtype: torch.dtype, columns: int) -> bool:
     """Whether the programs here take such factors.
 
-    float32 is theirs where PyTorch may multiply it as TF32; without that, cuBLAS is faster.
+    On a CPU these are float32. On a GPU float32 is theirs where PyTorch may multiply it as TF32; without
+    that, cuBLAS is faster.
 
     Args:
         device: Its type.
         columns: Of targets.
     """
-    if device != "cuda" or columns > MOST_COLUMNS:
+    if columns > MOST_COLUMNS:
+        return False
+    if device == "cpu":
+        return dtype is torch.float32 and cpu.library() is not None
+    if device != "cuda":
         return False
     short = dtype in (torch.bfloat16, torch.float16)
     tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -52,6 +59,8 @@ def sum_and_dots(
     left: Tensor, right: Tensor, targets: Tensor, chunk: int = CHUNK_BYTES
 ) -> tuple[Tensor, Tensor]:
     """`ghost.algebra.fused_sum_and_dots` for what this module `serves`."""
+    if left.device.type == "cpu":
+        return cpu.sum_and_dots(left, right, targets)
     from ghost.kernels import fused
 
     return fused.sum_and_dots(left, right, targets, chunk=chunk)
@@ -62,6 +71,8 @@ def sum_and_scores(
     chunk: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ghost.algebra.fused_sum_and_scores` for what this module `serves`."""
+    if left.device.type == "cpu":
+        return cpu.sum_and_scores(left, right, val_left, val_right, sizes)
     from ghost.kernels import fused
 
     return fused.sum_and_scores(left, right, val_left, val_right, sizes, chunk=chunk)

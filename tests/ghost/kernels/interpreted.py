@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from ghost import algebra, kernels
+from ghost import algebra
 from ghost.kernels import fused, tiles
 from ghost.kernels.tiles import Cut, Tiles
 from tests.ghost.harness import assert_near
@@ -218,7 +218,7 @@ def test_the_cut_is_chosen_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fused, "choose", choose)
     sides = factors((3, 20, 2, 20, 40, 33), torch.float32)
-    total, dots = kernels.sum_and_scores(*sides, [2])
+    total, dots = fused.sum_and_scores(*sides, [2])
     assert_near(total, per_sample(*sides[:2]).sum(0), FLOAT32)
     assert_near(dots, scores(*sides, [2]), FLOAT32)
     assert len(keys) == len(set(keys)) == 2  # the validation gradient's, and the scores'

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("fused.c")
 
+COMMON_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+"""None of them changes what arithmetic gives."""
+
 FLAGS = {
     "AVX512": ("-mavx512f", "-mfma", "-mprefer-vector-width=512", "-DLANES=16", "-DROWS=14"),
     "AVX2": ("-mavx2", "-mfma", "-DLANES=8", "-DROWS=6"),
@@ -74,8 +77,8 @@ def library() -> CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         log.warning(
-            "cannot compile the fused kernel, without which a scored weight gradient takes up to 1.4 times "
-            "as long: install gcc (%s).",
+            "there is no fused kernel, without which a scored weight gradient takes up to 1.4 times as long: "
+            "install gcc (%s).",
             said.strip().splitlines()[0] if said.strip() else type(error).__name__,
         )
         return None
@@ -90,19 +93,7 @@ def compiled(flags: Sequence[str]) -> CDLL:
     """
     with TemporaryDirectory() as folder:
         target = Path(folder, "fused.so")
-        argv = [
-            "gcc",
-            "-O3",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-fopenmp",
-            "-shared",
-            "-fPIC",
-            *flags,
-            "-o",
-            str(target),
-            str(SOURCE),
-        ]
+        argv = ["gcc", *COMMON_FLAGS, *flags, "-o", str(target), str(SOURCE)]
         subprocess.run(argv, check=True, capture_output=True, text=True)
         found = CDLL(str(target))
     found.sum_and_dots.argtypes = [
@@ -153,21 +144,37 @@ def _run(
     left: Tensor, right: Tensor, targets: Tensor | None, val: tuple[Tensor, Tensor], sizes: Sequence[int],
     program: CDLL | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    program = program or library()
-    assert program is not None
-    (b, _, m), n, count, threads = left.shape, right.shape[2], len(sizes), torch.get_num_threads()
+    program, threads, count = _loaded(program), torch.get_num_threads(), len(sizes)
+    m, n = left.shape[2], right.shape[2]
     total = left.new_empty(m, n)
-    blocks = program.count_blocks(m, n, count, threads)
-    dots = left.new_empty(blocks, b, count, dtype=torch.float64)
-    sides = [side if side.stride(2) == 1 else side.contiguous() for side in (left, right, *val)]
+    dots = _block_dots(program.count_blocks(m, n, count, threads), left, count)
+    sides = [_rowwise(side) for side in (left, right, *val)]
     train_l, train_r, val_l, val_r = map(Factor.of, sides)
-    failed = program.sum_and_dots(
+    _check(program.sum_and_dots(
         train_l, train_r, None if targets is None else targets.data_ptr(), val_l, val_r,
         (c_long * count)(*sizes), count, threads, total.data_ptr(), dots.data_ptr(),
-    )  # fmt: skip
+    ))  # fmt: skip
+    return total, dots.sum(0).to(torch.float32)
+
+
+def _loaded(program: CDLL | None) -> CDLL:
+    found = program or library()
+    assert found is not None
+    return found
+
+
+def _rowwise(side: Tensor) -> Tensor:
+    return side if side.stride(2) == 1 else side.contiguous()
+
+
+def _block_dots(blocks: int, left: Tensor, columns: int) -> Tensor:
+    """Space for each block's inner products, `[blocks, b, C]` float64."""
+    return left.new_zeros(blocks, len(left), columns, dtype=torch.float64)
+
+
+def _check(failed: int) -> None:
     if failed:
         raise MemoryError("The fused kernel got no memory for its tiles.")
-    return total, dots.sum(0).to(torch.float32)
 
 
 def adam_sum_and_dots(
@@ -192,22 +199,18 @@ def adam_sum_and_dots(
     Returns:
         The sum `[m, n]` of all; the inner products of `left` and `right`, and of the lookups, `[b, C]` each.
     """
-    program = program or library()
-    assert program is not None
-    (b, _, m), n, count, threads = left.shape, right.shape[2], len(targets), torch.get_num_threads()
+    program, threads, count = _loaded(program), torch.get_num_threads(), len(targets)
+    m, n = left.shape[2], right.shape[2]
     total = left.new_empty(m, n)
-    blocks = program.count_step_blocks(m, n, b, threads)
-    dots = left.new_empty(blocks, b, count, dtype=torch.float64)
-    lookup_dots = torch.zeros_like(dots)
-    left, right = (side if side.stride(2) == 1 else side.contiguous() for side in (left, right))
+    blocks = program.count_step_blocks(m, n, len(left), threads)
+    dots, lookup_dots = (_block_dots(blocks, left, count) for _ in range(2))
+    left, right = _rowwise(left), _rowwise(right)
     row, sample, values = lookups or (dots[:0], dots[:0], dots[:0])
     kept = [targets.contiguous(), values.contiguous(), *(t if t is None else t.contiguous() for t in state)]
     at = [None if tensor is None else tensor.data_ptr() for tensor in kept]
-    failed = program.adam_sum_and_dots(
+    _check(program.adam_sum_and_dots(
         Factor.of(left), Factor.of(right), at[0], count, Adam(*numbers, *at[2:]),
         Lookups(row.data_ptr(), sample.data_ptr(), at[1], len(row)), threads, total.data_ptr(),
         dots.data_ptr(), lookup_dots.data_ptr(),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError("The fused kernel got no memory for its tiles.")
+    ))  # fmt: skip
     return total, dots.sum(0).to(torch.float32), lookup_dots.sum(0).to(torch.float32)

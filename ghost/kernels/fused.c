@@ -29,7 +29,6 @@
 #define TOKENS 512 /* that factors are packed for at once; a sample's further tokens are added like a sample's */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 typedef struct {
     const float *data; /* [samples, tokens, width], the last axis contiguous */
@@ -281,7 +280,9 @@ int sum_and_dots(Factor left, Factor right, const float *targets, Factor val_lef
     long m = left.width, n = right.width;
     Grid grid = grid_of_sums(m, n, count, threads);
     int failed = 0;
-#pragma omp parallel num_threads(threads)
+    if (least(m, n) == 0)
+        return 0;
+#pragma omp parallel num_threads(least(threads, grid.rows * grid.columns))
     {
         Space space = space_for(grid, left.tokens > val_left.tokens ? left.tokens : val_left.tokens, count, 0);
         if (!space.left) {
@@ -469,7 +470,9 @@ int adam_sum_and_dots(Factor left, Factor right, const float *targets, long coun
     long m = left.width, n = right.width, b = left.samples;
     Grid grid = grid_of_steps(m, n, b, threads);
     int failed = 0;
-#pragma omp parallel num_threads(threads)
+    if (least(m, n) == 0)
+        return 0;
+#pragma omp parallel num_threads(least(threads, grid.rows * grid.columns))
     {
         Space space = space_for(grid, left.tokens, count, b);
         if (!space.left) {

@@ -164,7 +164,8 @@ def test_factors_of_any_strides(program: CDLL) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 3, 1, 2, 4, 5), (2, 0, 1, 2, 4, 5), (2, 3, 0, 2, 4, 5), (2, 3, 1, 0, 4, 5)]
+    "shape",
+    [(0, 3, 1, 2, 4, 5), (2, 0, 1, 2, 4, 5), (2, 3, 0, 2, 4, 5), (2, 3, 1, 0, 4, 5), (2, 3, 1, 2, 0, 5)],
 )
 def test_nothing_to_sum_is_zero(program: CDLL, shape: tuple[int, ...]) -> None:
     b, _, v, *_ = shape

@@ -1,4 +1,4 @@
-"""The fused sums on a CPU: `fused.c`, compiled when it is first asked for.
+"""The fused sums on a CPU: `cpu.c`, compiled when it is first asked for.
 
 Only C with GCC's vectors and OpenMP, and nothing of PyTorch's, so that compiling takes half a second. It is
 done once in every process, into a folder that is gone when the library is loaded: nothing to keep in step
@@ -20,7 +20,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("fused.c")
+SOURCE = Path(__file__).with_name("cpu.c")
 
 COMMON_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 """None of them changes what arithmetic gives."""
@@ -33,7 +33,7 @@ FLAGS = {
 
 
 class Factor(Structure):
-    """`[samples, tokens, width]` float32 in memory, as `fused.c` has it."""
+    """`[samples, tokens, width]` float32 in memory, as `cpu.c` has it."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -51,7 +51,7 @@ class Factor(Structure):
 
 
 class Adam(Structure):
-    """The coming step's numbers, and the parameter's state `[m, n]` in memory, as `fused.c` has them."""
+    """The coming step's numbers, and the parameter's state `[m, n]` in memory, as `cpu.c` has them."""
 
     _fields_ = (
         *((name, c_float) for name in ("carried", "slope", "kept", "fresh", "eps", "decay", "reach")),
@@ -60,7 +60,7 @@ class Adam(Structure):
 
 
 class Lookups(Structure):
-    """Rows of the matrix that samples look up, as `fused.c` has them."""
+    """Rows of the matrix that samples look up, as `cpu.c` has them."""
 
     _fields_ = (("row", c_void_p), ("sample", c_void_p), ("values", c_void_p), ("count", c_long))
 
@@ -92,7 +92,7 @@ def compiled(flags: Sequence[str]) -> CDLL:
         CalledProcessError: gcc failed; its `stderr` says why.
     """
     with TemporaryDirectory() as folder:
-        target = Path(folder, "fused.so")
+        target = Path(folder, "cpu.so")
         argv = ["gcc", *COMMON_FLAGS, *flags, "-o", str(target), str(SOURCE)]
         subprocess.run(argv, check=True, capture_output=True, text=True)
         found = CDLL(str(target))

@@ -1,8 +1,10 @@
 """Settings of the manager, read from any mapping or object."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from enum import Enum
 from os import PathLike
 from typing import Any
@@ -17,6 +19,11 @@ from ghost.policies import Policy, policy_of
 from ghost.preconditioner import Credit, Preconditioner
 from ghost.projection import ProjectionKind
 from ghost.selection import Selection
+
+log = logging.getLogger(__name__)
+
+ALIKE = 0.85
+"""The share of common letters from which on a name is taken for a misspelt one."""
 
 
 class ValMode(Enum):
@@ -269,7 +276,8 @@ class GhostConfig:
 
     @classmethod
     def read(cls, config: Any) -> "GhostConfig":
-        """Settings from a mapping or an object with attributes; names that mean nothing here are left alone.
+        """Settings from a mapping or an object with attributes; names that mean nothing here are left alone,
+        and a warning names those that look like a setting's.
 
         Raises:
             GhostConfigError: A setting that is known here has a value that cannot work.
@@ -285,6 +293,8 @@ class GhostConfig:
         values: dict[str, Any] = {}
         for key, value in given.items():
             name = _ALIASES.get(key, key)
+            for meant in () if name in known else get_close_matches(str(name), known, n=1, cutoff=ALIKE):
+                log.warning("config: %r is no setting and has no effect; %r is one.", key, meant)
             if name in known and value is not None:
                 converted = convert(name, value)
                 if name in values and repr(values[name]) != repr(converted):  # tensors have no one equality

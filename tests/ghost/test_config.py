@@ -1,6 +1,7 @@
 """Settings are honoured or refused, never ignored."""
 
 import argparse
+import logging
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,15 @@ def test_defaults() -> None:
 def test_a_config_of_ours_is_taken_as_it_is() -> None:
     config = GhostConfig(val_batch_size=3)
     assert GhostConfig.read(config) is config
+
+
+def test_a_misspelt_setting_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """One settings object may serve a whole program; what nearly is a setting was meant for one."""
+    with caplog.at_level(logging.WARNING):
+        GhostConfig.read({"batch_size": 8, "lr": 1e-3, "device": "cpu", "seed": 3, "dtype": "float32"})
+        assert not caplog.records
+        GhostConfig.read({"algebr": "fused"})
+    assert caplog.messages == ["config: 'algebr' is no setting and has no effect; 'algebra' is one."]
 
 
 @pytest.mark.parametrize("name", ["GradDotProd", "graddotprod", "grad_dot_prod", "GRADDOTPROD"])

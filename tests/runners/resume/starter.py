@@ -24,6 +24,7 @@ import torch
 
 import runners.project
 import runners.train
+from ghost.kernels import cpu
 from runners import cli
 
 CHANGES = ("replace", "rename", "unlink", "rmdir")
@@ -35,6 +36,7 @@ def main() -> None:
     runners.train.plot_run = lambda _: []  # type: ignore[assignment]
     runners.train.leave_report = lambda *_: None
     torch.set_num_threads(1)
+    cpu.library()  # compiled once for all, and no change on disk that a run makes
     logs: dict[int, subprocess.Popen[bytes]] = {}
     for line in sys.stdin:
         request = json.loads(line)

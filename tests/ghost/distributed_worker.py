@@ -1,6 +1,7 @@
 """One process of a gloo group: a step of several ranks is one process's step on the whole batch.
 
-`python -m tests.ghost.distributed_worker SUITE FILE RANK WORLD_SIZE`, the same file for all ranks.
+`python -m tests.ghost.distributed_worker FILE RANK WORLD_SIZE`, the same file for all ranks. Each line that
+comes in names a suite, and is written back when that has passed.
 """
 
 import copy
@@ -510,15 +511,18 @@ SUITES: dict[str, Callable[[], None]] = {
 }
 
 
-def main(suite: str, file: str, rank: int, world_size: int) -> None:
-    faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)
+def main(file: str, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
-    SUITES[suite]()
-    gc.collect()  # of sharded models, before their group goes
+    for line in sys.stdin:
+        faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)
+        SUITES[line.strip()]()
+        gc.collect()  # of sharded models, before their group goes
+        faulthandler.cancel_dump_traceback_later()
+        sys.stdout.write(line)
+        sys.stdout.flush()
     distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

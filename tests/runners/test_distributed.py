@@ -114,6 +114,7 @@ def by_sample(folder: Path) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------- as users start it
 
 
+@pytest.mark.slow
 def test_torchrun_trains_one_run_in_one_directory(tmp_path: Path) -> None:
     line = [*DIGITS, "hydra.job.name=run"]
     done = subprocess.run(

@@ -222,6 +222,7 @@ def test_a_dry_run_tells_the_sizes_that_come_out(
 # ---------------------------------------------------------------- going on
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on_and_ends_with_the_same_bytes(
     run: Run, line: Line, dies: Callable[[int, BaseException], None], tmp_path: Path
 ) -> None:
@@ -384,6 +385,7 @@ def test_killed_processes_end_with_the_bytes_of_an_uninterrupted_one(run: Run, t
 # ---------------------------------------------------------------- ranks
 
 
+@pytest.mark.slow
 def test_ranks_make_the_store_of_one_run(run: Run, line: Line, tmp_path: Path) -> None:
     whole, store = run(), tmp_path / "shared"
     options = ["engine.world_size=3", f"engine.store={store}", "hydra.sweep.dir=sweep"]
@@ -396,6 +398,7 @@ def test_ranks_make_the_store_of_one_run(run: Run, line: Line, tmp_path: Path) -
     assert "rms error" not in (tmp_path / "sweep" / "0" / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_goes_on_by_itself(
     run: Run, line: Line, dies: Callable[[int, BaseException], None], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -438,6 +441,7 @@ def test_the_stores_own_files_do_not_depend_on_the_run(run: Run, tmp_path: Path)
     assert json.loads((first / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_whole_command_shows_its_progress_and_previews_on_request(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens")
     done = subprocess.run(

@@ -146,6 +146,7 @@ def test_its_runs_are_those_of_run_py_to_the_last_bit(made: Path, line: Line, tm
     assert all(rows[0][key].equal(rows[1][key]) for key in rows[0])
 
 
+@pytest.mark.slow
 def test_a_killed_command_typed_again_goes_on_where_it_ended(
     command: Line, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

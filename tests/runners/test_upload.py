@@ -162,6 +162,7 @@ def killed_processes(cwd: Path) -> tuple[str, str]:
     return parent, child
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_killed_with_all_that_they_wrote(tracked_cwd: Path, ready_store: Path) -> None:
     parent, child = killed_processes(tracked_cwd)
     client = MlflowClient(f"sqlite:///{tracked_cwd}/mlflow.db")

@@ -362,6 +362,7 @@ def test_a_corpus_through_the_manager(tmp_path: Path) -> None:
         second.prepare_gradients()
 
 
+@pytest.mark.slow
 def test_several_processes_write_one_store(tmp_path: Path) -> None:
     for world_size in (1, 2):
         argv = [sys.executable, "-m", "tests.ghost.projection_worker", str(tmp_path / f"group-{world_size}")]

@@ -47,6 +47,7 @@ def run(folder: Path, how: str, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(argv, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_finds_no_memory_says_what_to_lower_and_keeps_its_scores(tmp_path: Path) -> None:
     done = run(tmp_path, "starved", *DIGITS, *WIDE, "hydra.run.dir=out")
     said = done.stderr + done.stdout

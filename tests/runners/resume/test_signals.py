@@ -30,6 +30,7 @@ def runs_its_steps(run: Path) -> bool:
     return path.exists() and path.read_text().count("\n") > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR2, 140)])
 def test_a_signal_leaves_a_checkpoint_and_the_same_mlflow_run_goes_on(
     number: signal.Signals, status: int, start: Start, tmp_path: Path, tracked: Path
@@ -95,6 +96,7 @@ def test_a_schedulers_handler_is_called_once_the_state_is_safe() -> None:
         signal.signal(signal.SIGUSR2, previous)
 
 
+@pytest.mark.slow
 def test_a_projection_stops_on_a_signal_and_goes_on_behind_its_last_shard(
     start: Start, tmp_path: Path
 ) -> None:

@@ -181,6 +181,7 @@ def test_another_commit_is_said(
 # ---------------------------------------------------------------- launchers
 
 
+@pytest.mark.slow
 def test_jobs_in_parallel_processes(line: Line, capfd: pytest.CaptureFixture[str]) -> None:
     typed = (
         "trainer.max_steps=2",

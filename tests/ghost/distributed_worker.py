@@ -512,8 +512,10 @@ SUITES: dict[str, Callable[[], None]] = {
 
 
 def main(file: str, rank: int, world_size: int) -> None:
+    faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)  # until all ranks are there
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
+    faulthandler.cancel_dump_traceback_later()
     for line in sys.stdin:
         faulthandler.dump_traceback_later(PATIENCE_SECONDS, exit=True)
         SUITES[line.strip()]()

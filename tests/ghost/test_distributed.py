@@ -63,7 +63,7 @@ def run_suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunSuite]:
         group = groups.pop(world_size, None) or Group(world_size, tmp_path_factory.mktemp("ranks"))
         try:
             group.run(suite)
-        except BaseException:
+        except (AssertionError, BrokenPipeError):
             group.kill()
             raise
         groups[world_size] = group
